@@ -1,0 +1,236 @@
+"""Seed networks: small stock Keras models to grow from.
+
+Every network takes images with values 0..255 (input `image`) and rescales them itself. Mixing
+layers are numbered in order (`conv1`, `bn1`, `act1`, ...), the last one is `logits`, or
+`probabilities` if it ends in a softmax.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+SMALLEST_TO_POOL = 6
+"""Maps smaller than this are not halved any more, so that small images keep 3x3 positions."""
+
+RESNET_STREAMS = (8, 12, 16)
+"""Channels of the residual stream per stage: fixed, only the widths inside the blocks grow."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A named network: its family and the settings that differ between variants.
+
+    Attributes:
+      family: `"vgg"` (pairs of 3x3 convolutions, a max-pool after each pair), `"mlp"` (Flatten and
+        Dense layers) or `"resnet"` (residual blocks of two 3x3 convolutions).
+      widths: units per layer (vgg, mlp), or inside each block (resnet).
+      batch_norm: whether a BatchNormalization follows each mixing layer.
+      activation: any Keras activation that acts channel by channel, e.g. `"relu"`, `"gelu"`.
+      head: `"gap"` (global average pooling, then the output layer) or `"flatten"` (Flatten, a
+        hidden Dense layer as wide as the last convolution, then the output layer).
+    """
+
+    family: str
+    widths: tuple[int, ...]
+    batch_norm: bool = True
+    activation: str = "relu"
+    head: str = "gap"
+
+
+_CONV_WIDTHS = (4, 4, 8, 8, 16, 16)
+
+VARIANTS = {
+    "vgg": Variant("vgg", _CONV_WIDTHS),
+    "vgg_no_bn": Variant("vgg", _CONV_WIDTHS, batch_norm=False),
+    "vgg_gelu": Variant("vgg", _CONV_WIDTHS, activation="gelu"),
+    "vgg_flatten": Variant("vgg", _CONV_WIDTHS, head="flatten"),
+    "mlp": Variant("mlp", (16, 16), batch_norm=False),
+    "resnet": Variant("resnet", _CONV_WIDTHS),
+}
+
+
+def variants() -> tuple[str, ...]:
+    """Names that `build` knows."""
+    return tuple(VARIANTS)
+
+
+def build(
+    name: str,
+    input_shape: Sequence[int],
+    num_classes: int,
+    widths: Sequence[int] | None = None,
+    seed: int = 0,
+    *,
+    batch_norm: bool | None = None,
+    activation: str | None = None,
+    head: str | None = None,
+    softmax: bool = True,
+    augment: bool = False,
+) -> keras.Model:
+    """Builds an uncompiled seed network of stock Keras layers.
+
+    Args:
+      name: one of `variants()`.
+      input_shape: `(height, width, channels)` of an image.
+      num_classes: units of the output layer.
+      widths: units per layer, or per residual block; the variant's by default.
+      seed: seed of the initial weights (equal seeds give equal weights) and of the augmentation.
+      batch_norm: overrides the variant's, see `Variant`.
+      activation: overrides the variant's.
+      head: overrides the variant's.
+      softmax: output probabilities; else logits.
+      augment: shift (and, for colour images, mirror) the training images inside the model.
+
+    Raises:
+      ValueError: if a name, width, shape or setting is not one of those above.
+
+    Example:
+
+    >>> from experiments import models
+    >>> models.build("vgg", (32, 32, 3), 10).count_params()
+    4966
+    """
+    variant = _variant(name, widths, batch_norm, activation, head)
+    shape = tuple(int(size) for size in input_shape)
+    if len(shape) != 3 or min(shape) < 1:
+        raise ValueError(f"Expected input_shape (height, width, channels), found {input_shape}.")
+    if num_classes < 2:
+        raise ValueError(f"num_classes must be at least 2, found {num_classes}.")
+    layers = _Layers(variant, seed)
+    image = keras.Input(shape, name="image")
+    x = keras.layers.Rescaling(1 / 255, name="rescale")(image)
+    x = layers.augmented(x) if augment else x
+    x = _FAMILIES[variant.family](layers, x)
+    return keras.Model(image, layers.output(x, num_classes, softmax), name=name)
+
+
+def _variant(name: str, widths: Sequence[int] | None, *settings: Any) -> Variant:
+    if name not in VARIANTS:
+        raise ValueError(f"Unknown model {name!r}; expected one of {', '.join(VARIANTS)}.")
+    names = ("batch_norm", "activation", "head")
+    given = {key: value for key, value in zip(names, settings, strict=True) if value is not None}
+    if widths is not None:
+        given["widths"] = tuple(int(width) for width in widths)
+    variant = dataclasses.replace(VARIANTS[name], **given)
+    if not variant.widths or min(variant.widths) < 1:
+        raise ValueError(f"Model {name!r} needs positive widths, found {variant.widths}.")
+    if variant.head not in ("gap", "flatten"):
+        raise ValueError(f"Unknown head {variant.head!r}; expected 'gap' or 'flatten'.")
+    return variant
+
+
+class _Layers:
+    """Makes the named, seeded layers of one network."""
+
+    def __init__(self, variant: Variant, seed: int):
+        self.variant = variant
+        self._rng = np.random.default_rng(seed)
+
+    def conv(self, x: Any, units: int, name: str, size: int = 3, strides: int = 1) -> Any:
+        return keras.layers.Conv2D(
+            units,
+            size,
+            strides=strides,
+            padding="same",
+            use_bias=not self.variant.batch_norm,
+            kernel_initializer=keras.initializers.HeNormal(self._seed()),
+            name=name,
+        )(x)
+
+    def dense(self, x: Any, units: int, name: str, batch_norm: bool) -> Any:
+        return keras.layers.Dense(
+            units,
+            use_bias=not batch_norm,
+            kernel_initializer=keras.initializers.HeNormal(self._seed()),
+            name=name,
+        )(x)
+
+    def norm(self, x: Any, name: str) -> Any:
+        return keras.layers.BatchNormalization(name=name)(x) if self.variant.batch_norm else x
+
+    def activate(self, x: Any, name: str) -> Any:
+        return keras.layers.Activation(self.variant.activation, name=name)(x)
+
+    def augmented(self, x: Any) -> Any:
+        # Mirrored digits and letters mean something else; mirrored photographs do not.
+        if x.shape[-1] == 3:
+            x = keras.layers.RandomFlip("horizontal", seed=self._seed(), name="flip")(x)
+        shift = keras.layers.RandomTranslation(
+            0.1, 0.1, fill_mode="constant", seed=self._seed(), name="shift"
+        )
+        return shift(x)
+
+    def head(self, x: Any) -> Any:
+        if self.variant.head == "gap":
+            return keras.layers.GlobalAveragePooling2D(name="gap")(x)
+        x = keras.layers.Flatten(name="flatten")(x)
+        x = self.dense(x, self.variant.widths[-1], "fc1", batch_norm=False)
+        return self.activate(x, "fc1_act")
+
+    def output(self, x: Any, units: int, softmax: bool) -> Any:
+        # Under mixed precision probabilities must still be float32, or small ones underflow.
+        mixed = keras.config.dtype_policy().compute_dtype in ("float16", "bfloat16")
+        return keras.layers.Dense(
+            units,
+            activation="softmax" if softmax else None,
+            kernel_initializer=keras.initializers.GlorotUniform(self._seed()),
+            dtype="float32" if mixed else None,
+            name="probabilities" if softmax else "logits",
+        )(x)
+
+    def _seed(self) -> int:
+        return int(self._rng.integers(2**31))
+
+
+def _vgg(layers: _Layers, x: Any) -> Any:
+    for number, units in enumerate(layers.variant.widths, start=1):
+        x = layers.conv(x, units, f"conv{number}")
+        x = layers.activate(layers.norm(x, f"bn{number}"), f"act{number}")
+        if number % 2 == 0 and _can_halve(x):
+            x = keras.layers.MaxPooling2D(name=f"pool{number // 2}")(x)
+    return layers.head(x)
+
+
+def _mlp(layers: _Layers, x: Any) -> Any:
+    x = keras.layers.Flatten(name="flatten")(x)
+    for number, units in enumerate(layers.variant.widths, start=1):
+        x = layers.dense(x, units, f"dense{number}", layers.variant.batch_norm)
+        x = layers.activate(layers.norm(x, f"bn{number}"), f"act{number}")
+    return x
+
+
+def _resnet(layers: _Layers, x: Any) -> Any:
+    x = layers.conv(x, RESNET_STREAMS[0], "stem_conv")
+    x = layers.activate(layers.norm(x, "stem_bn"), "stem_act")
+    stages = np.array_split(np.asarray(layers.variant.widths), len(RESNET_STREAMS))
+    number = 0
+    for stream, inner_widths in zip(RESNET_STREAMS, stages, strict=True):
+        for inner in inner_widths:
+            number += 1
+            x = _block(layers, x, int(inner), stream, f"block{number}")
+    return layers.head(x)
+
+
+def _block(layers: _Layers, x: Any, inner: int, stream: int, name: str) -> Any:
+    """Two convolutions beside a shortcut; the first block of a stage also halves the map."""
+    shortcut, strides = x, 1
+    if x.shape[-1] != stream:
+        strides = 2 if _can_halve(x) else 1
+        shortcut = layers.conv(x, stream, f"{name}_shortcut", size=1, strides=strides)
+        shortcut = layers.norm(shortcut, f"{name}_shortcut_bn")
+    y = layers.conv(x, inner, f"{name}_conv1", strides=strides)
+    y = layers.activate(layers.norm(y, f"{name}_bn1"), f"{name}_act1")
+    y = layers.norm(layers.conv(y, stream, f"{name}_conv2"), f"{name}_bn2")
+    return layers.activate(keras.layers.Add(name=f"{name}_add")([y, shortcut]), f"{name}_act2")
+
+
+def _can_halve(x: Any) -> bool:
+    return min(x.shape[1:3]) >= SMALLEST_TO_POOL
+
+
+_FAMILIES = {"vgg": _vgg, "mlp": _mlp, "resnet": _resnet}

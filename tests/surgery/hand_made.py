@@ -1,0 +1,140 @@
+"""A tiny net and edits of it made by hand, with which the tests of surgery work."""
+
+import keras
+import numpy as np
+
+from tfgrow.types import NEWBORN, AxisSource, LayerChange, VariableChange
+
+SOURCE = np.array([0, 1, 2, 1, NEWBORN])
+"""Three channels become five: channel 1 is split, the last one is newborn."""
+BATCH = 8
+
+
+def convolutional_net(**compile_arguments):
+    """Conv -> bn -> relu -> conv -> flatten -> dense on 4x4x2 inputs, compiled if asked to."""
+    inputs = keras.Input((4, 4, 2))
+    x = keras.layers.Conv2D(3, 3, padding="same", name="conv1")(inputs)
+    x = keras.layers.BatchNormalization(name="bn")(x)
+    x = keras.layers.ReLU(name="relu")(x)
+    x = keras.layers.Conv2D(3, 3, strides=2, padding="same", name="conv2")(x)
+    x = keras.layers.Flatten(name="flatten")(x)
+    outputs = keras.layers.Dense(2, name="dense", dtype="float32")(x)
+    model = keras.Model(inputs, outputs, name="net")
+    if compile_arguments:
+        model.compile(loss="mse", **compile_arguments)
+    return model
+
+
+def batch(seed=0, size=BATCH):
+    """Inputs `[size, 4, 4, 2]` and targets `[size, 2]`."""
+    rng = np.random.default_rng(seed)
+    return (
+        rng.normal(size=(size, 4, 4, 2)).astype("float32"),
+        rng.normal(size=(size, 2)).astype("float32"),
+    )
+
+
+def produced(axis, source=SOURCE):
+    """Channels made by a producer: values are copied, a half of a split gets half the gradient."""
+    half = np.array([0.5 if np.sum(source == parent) > 1 else 1.0 for parent in source])
+    return AxisSource(axis, source, np.ones(len(source)), half)
+
+
+def consumed(axis, source=SOURCE, positions=1, units=3):
+    """Channels read by a consumer: halves of a split have half the weight, all the gradient."""
+    half = np.array([0.5 if np.sum(source == parent) > 1 else 1.0 for parent in source])
+    blocks = [np.where(source == NEWBORN, NEWBORN, source + p * units) for p in range(positions)]
+    index = np.concatenate(blocks)
+    return AxisSource(axis, index, np.tile(half, positions), np.ones(len(index)))
+
+
+def changed(variable, *sources, born=0.0):
+    """The variable's value carried along its sources; newborn entries hold `born`."""
+    value = variable.numpy()
+    for source in sources:
+        shape = [1] * value.ndim
+        shape[source.axis] = -1
+        value = np.take(value, np.maximum(source.source, 0), axis=source.axis)
+        value = value * source.value_scale.reshape(shape).astype(value.dtype)
+        value = np.where((source.source == NEWBORN).reshape(shape), born, value)
+    return VariableChange(value.astype(variable.dtype), sources)
+
+
+def widen(model, source=SOURCE):
+    """Both convolutions of `convolutional_net` from 3 to 5 channels; the function stays."""
+    conv1, bn, conv2, dense = (model.get_layer(n) for n in ("conv1", "bn", "conv2", "dense"))
+    out1, units = produced(3, source), len(source)
+    per_channel = produced(0, source)
+    return [
+        LayerChange(
+            conv1,
+            {"filters": units},
+            {
+                "kernel": changed(conv1.kernel, out1, born=0.1),
+                "bias": changed(conv1.bias, per_channel),
+            },
+        ),
+        LayerChange(
+            bn,
+            {},
+            {
+                "gamma": changed(bn.gamma, per_channel, born=1.0),
+                "beta": changed(bn.beta, per_channel),
+                "moving_mean": changed(bn.moving_mean, per_channel),
+                "moving_variance": changed(bn.moving_variance, per_channel, born=1.0),
+            },
+        ),
+        LayerChange(
+            conv2,
+            {"filters": units},
+            {
+                "kernel": changed(conv2.kernel, consumed(2, source), out1),
+                "bias": changed(conv2.bias, per_channel),
+            },
+        ),
+        LayerChange(dense, {}, {"kernel": changed(dense.kernel, consumed(0, source, positions=4))}),
+    ]
+
+
+def narrow(model):
+    """Undoes `widen`: the first three channels stay."""
+    conv1, bn, conv2, dense = (model.get_layer(n) for n in ("conv1", "bn", "conv2", "dense"))
+    keep = np.arange(3)
+    out, per_channel = produced(3, keep), produced(0, keep)
+    names = ("gamma", "beta", "moving_mean", "moving_variance")
+    bias = {"bias": changed(conv1.bias, per_channel)}
+    read = consumed(0, keep, positions=4, units=5)
+    return [
+        LayerChange(conv1, {"filters": 3}, {"kernel": changed(conv1.kernel, out), **bias}),
+        LayerChange(bn, {}, {name: changed(getattr(bn, name), per_channel) for name in names}),
+        LayerChange(
+            conv2,
+            {"filters": 3},
+            {
+                "kernel": changed(conv2.kernel, consumed(2, keep), out),
+                "bias": changed(conv2.bias, per_channel),
+            },
+        ),
+        LayerChange(dense, {}, {"kernel": changed(dense.kernel, read)}),
+    ]
+
+
+def summary(model):
+    """What `model.summary()` prints."""
+    lines = []
+    model.summary(print_fn=lambda line, line_break=False: lines.append(line))
+    return "\n".join(lines)
+
+
+def values(variables):
+    """Copies of the variables' values."""
+    return [np.array(variable.numpy()) for variable in variables]
+
+
+def assert_same_bits(found, expected):
+    """Two lists of arrays agree in shape, type and every bit."""
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        assert a.shape == b.shape
+        assert a.dtype == b.dtype
+        assert a.tobytes() == b.tobytes()

@@ -1,0 +1,292 @@
+"""tfgrow.callbacks.Growth: grows a model inside an ordinary `model.fit`."""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from tfgrow import schedules
+from tfgrow.graph.cost import model_flops
+from tfgrow.graph.nodes import trace
+from tfgrow.graph.sites import find_sites
+from tfgrow.growth import describe
+from tfgrow.journal import Journal
+from tfgrow.liveness import alive_share
+from tfgrow.measure import real_loss
+from tfgrow.oracle.base import GrowthOracle
+from tfgrow.oracle.guard import ALPHAS, Outcome, commit
+from tfgrow.peer_callbacks import carry_over
+from tfgrow.surgery.optimizer import check_optimizer
+from tfgrow.types import GrowthEvent, Plan
+
+
+class Growth(keras.callbacks.Callback):
+    """Grows the model while it trains.
+
+    When the schedule says so, before the first batch of the next epoch, the oracle proposes a set
+    of edits, a guard applies it at the largest scale that does not raise the loss on held-out
+    batches, and training goes on with the same optimizer. It never calls `compile`, works beside
+    the stock callbacks in any order, and puts `tfgrow_params`, `tfgrow_flops`, `tfgrow_events`,
+    `tfgrow_estimated_change` and `tfgrow_measured_change` (0 in epochs without an event) in the
+    epoch's logs from the first epoch on.
+
+    Args:
+      oracle: what proposes the edits, usually a `tfgrow.GaussNewtonOracle`.
+      data: what edits are learned, scored and judged on: anything `model.fit` takes, with targets,
+        usually the training data.
+      every: grow every so many epochs. Give this or `when`; 2 by default.
+      when: a `tfgrow.schedules.Schedule`, or its short form such as `"on_plateau"`.
+      guard: whether to judge a set on held-out batches before it is committed.
+      tolerance: by how much an event may raise the held-out loss.
+      journal: path of a JSON file that holds the events, or None.
+      verbose: 0 silent, 1 a line per event and a progress bar, 2 a line per event; `"auto"` as fit.
+
+    Attributes:
+      events: list of `GrowthEvent`, in order.
+
+    Example:
+
+    >>> import keras, numpy as np, tfgrow
+    >>> model = tfgrow.convert(keras.Sequential(
+    ...     [keras.Input((4,)), keras.layers.Dense(2, "tanh"), keras.layers.Dense(1)]))
+    >>> model.compile("adam", "mse")
+    >>> x = np.random.default_rng(0).normal(size=(256, 4)).astype("float32")
+    >>> data = x, np.sin(x.sum(axis=1, keepdims=True))
+    >>> growth = tfgrow.callbacks.Growth(
+    ...     tfgrow.GaussNewtonOracle("loss", max_params=40, seed=0), data=data, every=1)
+    >>> history = model.fit(*data, epochs=2, callbacks=[growth], verbose=0)
+    >>> len(growth.events)
+    1
+    """
+
+    def __init__(
+        self,
+        oracle: GrowthOracle,
+        data: Any = None,
+        every: int | None = None,
+        when: Any = None,
+        guard: bool = True,
+        tolerance: float = 0.0,
+        journal: str | None = None,
+        verbose: int | str = "auto",
+    ) -> None:
+        super().__init__()
+        if not isinstance(oracle, GrowthOracle):
+            raise TypeError(
+                f"oracle must be a growth oracle such as tfgrow.GaussNewtonOracle. Found: "
+                f"{type(oracle).__name__}"
+            )
+        if every is not None and when is not None:
+            raise ValueError("Give `every` or `when`, not both.")
+        self.oracle = oracle
+        self.data = data
+        self.schedule = schedules.get((2 if every is None else every) if when is None else when)
+        self.guard = guard
+        self.tolerance = tolerance
+        self.verbose = verbose
+        self.journal = Journal(journal)
+        self._due = False
+        self._finished = ""
+        self._epochs_done = 0
+        self._peers: Sequence[keras.callbacks.Callback] = ()
+        self._newborn_pending: int | None = None
+        self._reported = 0
+
+    @property
+    def events(self) -> list[GrowthEvent]:
+        return list(self.journal)
+
+    # ---- Keras's calls ----------------------------------------------------------------------
+
+    def on_train_begin(self, logs=None):
+        del logs
+        if self.data is None:
+            raise ValueError(
+                "Growth needs data to learn edits on: Growth(oracle, data=train_ds) or "
+                "data=(x_train, y_train)."
+            )
+        sites = find_sites(self.model)
+        if all(site.blocked for site in sites):
+            reasons = "; ".join(f"{site.name}: {site.blocked}" for site in sites)
+            raise ValueError(f"Nothing in model '{self.model.name}' can grow. {reasons}")
+        self.oracle.check_budget(self.model)
+        check_optimizer(self.model)
+        self.schedule.reset()
+        self._due, self._finished, self._newborn_pending = False, "", None
+        self._reported = len(self.journal)
+        self._step_forward()
+
+    def on_epoch_end(self, epoch, logs=None):
+        logs = {} if logs is None else logs
+        self._epochs_done = epoch + 1
+        self._note_newborn()
+        self._log(logs)
+        if not self._finished and self.schedule.should_grow(epoch + 1, logs):
+            self._due = True
+
+    def on_train_batch_begin(self, batch, logs=None):
+        # Not at the end of an epoch: only here have all callbacks had their say about the epoch,
+        # SwapEMAWeights put the weights back, and nothing is grown that won't be trained.
+        if self._due:
+            self._due = False
+            self._grow()
+
+    # ---- one event --------------------------------------------------------------------------
+
+    def _grow(self) -> None:
+        model, before = self.model, _size(self.model)
+        data = self.oracle.split(self.data)
+        trial, plan = self.oracle.propose(
+            model, data, epoch=self._epochs_done, progress=self._progress()
+        )
+        if not plan.candidates:
+            self._finished = plan.reason if trial.status == "STOPPED" else ""
+            self._end(trial, self._event(before, plan, None, plan.estimated_change, {}), ())
+            return
+        clock = time.perf_counter()
+        loss = model.loss
+        alphas, tolerance = (ALPHAS, self.tolerance) if self.guard else ((1.0,), np.inf)
+        outcome = commit(
+            model,
+            plan.candidates,
+            lambda grown: real_loss(grown, data.held_out, loss),
+            tolerance,
+            alphas,
+        )
+        seconds = {"commit": time.perf_counter() - clock}
+        estimate = plan.estimated_change
+        event = self._event(before, plan, outcome, estimate, seconds)
+        self._end(trial, event, outcome.changes)
+
+    def _event(self, before, plan: Plan, outcome: Outcome | None, estimate, seconds):
+        applied = outcome is not None and outcome.alpha > 0
+        after = _size(self.model)
+        widths = dict(plan.widths) if applied else {}
+        status = "applied" if applied else "rejected" if plan.candidates else "nothing"
+        return GrowthEvent(
+            epoch=self._epochs_done,
+            applied=describe(outcome.candidates) if applied else (),
+            widths=widths,
+            params_before=before[0],
+            params_after=after[0],
+            flops_before=before[1],
+            flops_after=after[1],
+            estimated_change=estimate,
+            measured_change=outcome.loss_after - outcome.loss_before if outcome else None,
+            loss_before=outcome.loss_before if outcome else None,
+            alpha=outcome.alpha if outcome else 0.0,
+            seconds={**plan.seconds, **seconds},
+            newborn={name: new - old for name, (old, new) in widths.items()},
+            status=status,
+            reason=plan.reason
+            if status != "rejected"
+            else f"the held-out loss rose at every scale down to {ALPHAS[-1]}",
+        )
+
+    def _end(self, trial, event: GrowthEvent, changes) -> None:
+        carry_over(self._peers, self.model, changes)
+        event = self.oracle.record(trial, event)
+        self.journal.append(event)
+        self._newborn_pending = len(self.journal) - 1 if event.newborn else None
+        self._say(event)
+        gc.collect()  # traced functions are cycles that hold on to replaced variables
+
+    # ---- reporting --------------------------------------------------------------------------
+
+    def _log(self, logs) -> None:
+        new = self.events[self._reported :]
+        self._reported = len(self.journal)
+        params, flops = _size(self.model)
+        logs["tfgrow_params"] = params
+        logs["tfgrow_flops"] = flops
+        logs["tfgrow_events"] = sum(event.status == "applied" for event in self.events)
+        for name in ("estimated_change", "measured_change"):
+            values = [getattr(event, name) for event in new if event.status == "applied"]
+            logs[f"tfgrow_{name}"] = float(sum(value or 0.0 for value in values))
+        for event in new:
+            if event.trial_id is not None:
+                self.oracle.report(event.trial_id, logs, epoch=self._epochs_done)
+
+    def _note_newborn(self) -> None:
+        if self._newborn_pending is None:
+            return
+        index, self._newborn_pending = self._newborn_pending, None
+        event = self.events[index]
+        batches = self.oracle.split(self.data).held_out[:2]
+        share = alive_share(self.model, event.newborn, batches)
+        self.journal.note_newborn_alive(index, share)
+        if event.trial_id is not None:
+            self.oracle.report(event.trial_id, {"newborn_alive": share}, epoch=self._epochs_done)
+
+    def _level(self) -> int:
+        if self.verbose != "auto":
+            return int(self.verbose)
+        return int((self.params or {}).get("verbose", 1))
+
+    def _progress(self):
+        if self._level() != 1:
+            return None
+        bar: list = []
+
+        def show(done: int, total: int) -> None:
+            if not bar:
+                print("Growing", flush=True)
+                bar.append(keras.utils.Progbar(total, unit_name="batch"))
+            bar[0].update(done)
+
+        return show
+
+    def _say(self, event: GrowthEvent) -> None:
+        if self._level():
+            print(event_line(event), flush=True)
+
+    # ---- neighbours -------------------------------------------------------------------------
+
+    def _step_forward(self) -> None:
+        """Goes first in the callback list, so that the others see this one's logs.
+
+        Keras tells a callback nothing of its neighbours; the list is the caller of this method.
+        """
+        frame = inspect.currentframe()
+        while frame is not None:
+            owner = frame.f_locals.get("self")
+            if isinstance(owner, keras.callbacks.CallbackList) and self in owner.callbacks:
+                owner.callbacks.remove(self)
+                owner.callbacks.insert(0, self)
+                self._peers = owner.callbacks
+                return
+            frame = frame.f_back
+
+
+def event_line(event: GrowthEvent) -> str:
+    """One line that says what an event did."""
+    seconds = sum(event.seconds.values())
+    if event.status == "nothing":
+        return f"growth after epoch {event.epoch}: nothing ({event.reason}); {seconds:.1f} s"
+    measured = "" if event.measured_change is None else f", measured {event.measured_change:+.4f}"
+    loss = f"loss estimated {event.estimated_change:+.4f}{measured}"
+    if event.status == "rejected":
+        return f"growth after epoch {event.epoch}: rejected ({event.reason}); {loss}; {seconds:.1f} s"
+    how: dict[str, list[str]] = {}
+    for edit in event.applied:
+        how.setdefault(edit["site"], []).append(f"{edit['morphism']} {len(edit['units'])}")
+    grew = ", ".join(
+        f"{name} {old}->{new} ({', '.join(how[name])})" for name, (old, new) in event.widths.items()
+    )
+    scale = "" if event.alpha == 1 else f" at scale {event.alpha:g}"
+    return (
+        f"growth after epoch {event.epoch}: {grew}; parameters {event.params_before:,} -> "
+        f"{event.params_after:,}; {loss}{scale}; {seconds:.1f} s"
+    )
+
+
+def _size(model) -> tuple[int, int]:
+    return model.count_params(), model_flops(trace(model))
+
+

@@ -1,0 +1,178 @@
+"""What flows through a model on one batch: responses, gradients and curvature columns."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from tfgrow.capture.execute import Tap, execute, linear_tap, tensor_tap
+from tfgrow.graph.nodes import Graph
+from tfgrow.graph.sites import Site
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Capture:
+    """One batch as the estimate sees it.
+
+    Attributes:
+      values: value of every tap.
+      gradient: by tap, `[N, ...]`: the gradient of each sample's weighted loss.
+      columns: `K` dicts by tap, `[N, ...]`: column k of the curvature's factor, back-propagated.
+    """
+
+    values: Mapping[Tap, Any]
+    gradient: Mapping[Tap, Any]
+    columns: tuple[Mapping[Tap, Any], ...]
+
+    def cotangents(self, tap: Tap) -> list:
+        """The gradient and then every column at a tap."""
+        return [self.gradient[tap], *(column[tap] for column in self.columns)]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Head:
+    """Where the network ends and the loss begins.
+
+    Attributes:
+      tap: the logits.
+      activation: what stands between them and the model's output, or None.
+    """
+
+    tap: Tap
+    activation: Any
+
+
+def find_head(graph: Graph) -> Head:
+    """A last softmax or sigmoid belongs to the loss: the logits are what enters it."""
+    if len(graph.outputs) != 1:
+        raise ValueError(
+            f"The model has {len(graph.outputs)} outputs; the Gauss-Newton estimate needs exactly "
+            "one. Train the heads as one concatenated output, or grow a single-output model."
+        )
+    output = graph.outputs[0]
+    node = next((node for node in graph.nodes if output in node.outputs), None)
+    if node is None:
+        raise ValueError("The model's output is one of its inputs: there is nothing to grow.")
+    if node.mixing:
+        return Head(linear_tap(node.index), getattr(node.operation, "activation", None))
+    kind = type(node.operation).__name__
+    activation = getattr(node.operation, "activation", None)
+    if kind == "Softmax":
+        return Head(tensor_tap(node.inputs[0]), node.operation)
+    if kind == "Activation" and (activation is not None) and len(node.inputs) == 1:
+        return Head(tensor_tap(node.inputs[0]), activation)
+    return Head(tensor_tap(output), None)
+
+
+def leaf_taps(site: Site) -> list[Tap]:
+    """The taps at which a perturbation of the site's channels is linearised."""
+    return [tensor_tap(leaf.tensor) for leaf in site.leaves]
+
+
+def consumer_taps(site: Site) -> list[Tap]:
+    """The responses of the site's consumers, in the order of `Site.consumers`."""
+    return [linear_tap(node.index) for leaf in site.leaves for node in leaf.consumers]
+
+
+def prepare_inputs(graph: Graph, x) -> list:
+    """A batch's inputs as the graph takes them: flat, of the right rank, cast."""
+    flat = tf.nest.flatten(x)
+    prepared = []
+    for tensor, value in zip(graph.inputs, flat, strict=True):
+        reference = graph.tensors[tensor]
+        value = tf.cast(value, reference.dtype)
+        if len(value.shape) == len(reference.shape) - 1 and reference.shape[-1] == 1:
+            value = value[..., None]
+        prepared.append(value)
+    return prepared
+
+
+def capture(
+    graph: Graph,
+    head: Head,
+    x,
+    taps: Sequence[Tap],
+    gradient_of: Callable[[Any], Any],
+    columns_of: Callable[[Any], Sequence[Any]],
+    reuse_gradient: Callable[[Any], Any] | None = None,
+) -> Capture:
+    """One forward pass, one backward pass, and one backward pass per curvature column.
+
+    Args:
+      graph: the traced model.
+      head: where its logits are.
+      x: the batch's inputs.
+      taps: where gradient and columns are wanted.
+      gradient_of: logits -> gradient of the weighted per-sample loss at them.
+      columns_of: logits -> the factor's columns at them, each shaped like the logits.
+      reuse_gradient: when the one column is the gradient up to a factor per sample (empirical
+        curvature), the function that rescales it; no column is back-propagated then.
+    """
+    taps = list(dict.fromkeys(taps))
+
+    with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
+
+        def watch(tap, value):
+            if tap in wanted:
+                tape.watch(value)
+            return value
+
+        wanted = set(taps)
+        values = execute(graph, prepare_inputs(graph, x), watch)
+        logits = values[head.tap]
+
+    def back_propagate(cotangent):
+        gradients = tape.gradient(
+            logits,
+            [values[tap] for tap in taps],
+            output_gradients=tf.stop_gradient(tf.cast(cotangent, logits.dtype)),
+            unconnected_gradients=tf.UnconnectedGradients.ZERO,
+        )
+        return {tap: tf.stop_gradient(g) for tap, g in zip(taps, gradients, strict=True)}
+
+    gradient = back_propagate(gradient_of(logits))
+    if reuse_gradient is not None:
+        columns = [{tap: reuse_gradient(value) for tap, value in gradient.items()}]
+    else:
+        columns = [back_propagate(column) for column in columns_of(logits)]
+    stopped = {tap: tf.stop_gradient(value) for tap, value in values.items()}
+    return Capture(stopped, gradient, tuple(columns))
+
+
+def observe(graph: Graph, x) -> Capture:
+    """One forward pass: the values of all taps, without gradient and columns."""
+    return Capture(execute(graph, prepare_inputs(graph, x)), {}, ())
+
+
+def push_forward(graph: Graph, head: Head, x, tangents: Mapping[Tap, Any]):
+    """The forward-mode twin: all tangents pushed to the logits at once.
+
+    Returns:
+      The logits, and J times the sum of the tangents, shaped like them.
+    """
+    inputs = prepare_inputs(graph, x)
+    taps = list(tangents)
+    probes = [tf.zeros_like(tangents[tap]) for tap in taps]
+    pushed = [tf.stop_gradient(tangents[tap]) for tap in taps]
+    with tf.autodiff.ForwardAccumulator(probes, pushed) as accumulator:
+        at = dict(zip(taps, probes, strict=True))
+        values = execute(
+            graph, inputs, lambda tap, value: value + at[tap] if tap in at else value
+        )
+        logits = values[head.tap]
+    jvp = accumulator.jvp(logits, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+    return logits, jvp
+
+
+def producer_input(capture: Capture, site: Site):
+    """What the site's producer reads."""
+    return capture.values[tensor_tap(site.node.inputs[0])]
+
+
+def producer_response(capture: Capture, site: Site):
+    """The producer's response before its activation."""
+    return capture.values[linear_tap(site.node.index)]
+

@@ -1,0 +1,125 @@
+"""A site's channelwise path as a function of the producer's response, for any set of units."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from tfgrow.graph.sites import RESPONSE, Site, Step, channel_maps, steps_with_activation
+from tfgrow.layers.growable import Growable, Moments
+from tfgrow.types import ChannelMap
+
+PathVariables = tuple[Mapping[str, Any], ...]
+"""Per step of `Path.steps`, the variables of the units under study, by name."""
+
+
+class Path:
+    """The way of `count` units of a site from the producer's response to the consumers' inputs.
+
+    Layouts: the response is `[N, ..., count]`; what arrives at a leaf is `[N, ..., size]`, whose
+    last axis `maps[leaf.tensor]` explains.
+
+    Attributes:
+      steps: the producer's own activation, then the site's steps.
+      maps: tensor id -> `ChannelMap` of the `count` units there.
+    """
+
+    def __init__(self, site: Site, count: int):
+        self.site = site
+        self.count = count
+        self.steps: tuple[Step, ...] = steps_with_activation(site)
+        self.maps: dict[int, ChannelMap] = channel_maps(site, count)
+
+    def positions(self, tensor: int, full: ChannelMap, units: Sequence[int]) -> np.ndarray:
+        """Positions of `units` on the model's axis of a tensor, in the layout of this path.
+
+        Args:
+          tensor: id of the tensor.
+          full: where all of the site's channels lie on its last axis.
+          units: `count` units.
+        """
+        mine = self.maps[tensor]
+        flat = np.empty(mine.size, dtype=np.int64)
+        flat[mine.index] = full.index[np.asarray(units)]
+        return flat
+
+    def live_variables(self, units: Sequence[int]) -> PathVariables:
+        """The present variables, in float32, of some of the site's units."""
+        return tuple(
+            {
+                name: tf.gather(
+                    tf.cast(tf.convert_to_tensor(variable), tf.float32),
+                    self.positions(step.source, step.incoming, units),
+                    axis=step.layer.variable_axes[name].channel,
+                )
+                for name, variable in _variables(step).items()
+            }
+            for step in self.steps
+        )
+
+    def run(
+        self,
+        response,
+        variables: PathVariables,
+        observe: Callable[[int, Any], None] | None = None,
+    ) -> dict[int, Any]:
+        """What arrives at each leaf (tensor id -> value) for a response.
+
+        Args:
+          response: `[N, ..., count]`.
+          variables: as from `live_variables`.
+          observe: called with a step's number and input where the layer needs moments.
+        """
+        values = {RESPONSE: response}
+        for number, (step, mine) in enumerate(zip(self.steps, variables, strict=True)):
+            inputs = values[step.source]
+            if observe is not None and step.view.needs_moments:
+                observe(number, inputs)
+            values[step.target] = step.view.apply_channels(inputs, mine)
+        return {leaf.tensor: values[leaf.tensor] for leaf in self.site.leaves}
+
+    def run_newborn(self, response, templates: PathVariables):
+        """`run` for new units whose statistics are those of the batch itself.
+
+        Returns:
+          The leaves' values, and the variables that were used.
+        """
+        values, used = {RESPONSE: response}, []
+        for step, template in zip(self.steps, templates, strict=True):
+            inputs = values[step.source]
+            moments = batch_moments(inputs) if step.view.needs_moments else None
+            used.append(step.view.newborn_variables(template, moments))
+            values[step.target] = step.view.apply_channels(inputs, used[-1])
+        return {leaf.tensor: values[leaf.tensor] for leaf in self.site.leaves}, tuple(used)
+
+    def by_unit(self, tensor: int, values):
+        """The last axis taken apart: `[..., size] -> [..., count, blocks]`."""
+        mine = self.maps[tensor]
+        return tf.reshape(
+            tf.gather(values, mine.index.reshape(-1), axis=-1),
+            tf.concat([tf.shape(values)[:-1], mine.index.shape], axis=0),
+        )
+
+    def per_unit(self, tensor: int, values):
+        """Sums products over everything but samples and units: `[N, ..., size] -> [N, count]`."""
+        mine = self.maps[tensor]
+        axes = list(range(1, len(values.shape) - 1))
+        flat = tf.reduce_sum(values, axis=axes) if axes else values
+        if mine.blocks == 1:
+            return flat
+        return tf.reduce_sum(self.by_unit(tensor, flat), axis=-1)
+
+
+def batch_moments(values) -> Moments:
+    """Mean and variance `[size]` over all axes but the last."""
+    mean, variance = tf.nn.moments(values, axes=list(range(len(values.shape) - 1)))
+    return Moments(mean, variance)
+
+
+def _variables(step: Step) -> Mapping[str, Any]:
+    """A step's channel variables; a producer's own activation has none of its own."""
+    own = isinstance(step.layer, Growable) and step.view is step.layer
+    return step.layer.growable_variables() if own else {}

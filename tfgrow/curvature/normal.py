@@ -1,0 +1,160 @@
+"""Quadratics in outgoing weights: their sums over data, and their damped minimisers.
+
+For weights phi of a new unit, the estimate is `G.phi + 1/2 phi'Q phi`. With `u` the inputs the
+weights see and `c` a cotangent of the response they make, the gradient of one sample is
+`sum_p u_p c_p'`; `G` sums it for the loss gradient, `Q` its outer products over the columns.
+
+Layouts: `seen` is `[n, N, P, A]` per consumer (A = T*B), cotangents `[N, P, O]`; weights of all
+consumers are flattened and joined to `[n, W]`, `W = sum A*O`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import tensorflow as tf
+
+DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+"""Damping relative to the mean diagonal of Q, tried by `cross_damping`."""
+
+Sums = Mapping[str, tf.Tensor]
+
+
+def zero_sums(units: int, sizes: Sequence[tuple[int, int]], dense: bool) -> dict[str, tf.Tensor]:
+    """Sums of no data at all, for consumers with weights of `sizes` `(A, O)`."""
+    weights = sum(a * o for a, o in sizes)
+    sums = {"g": tf.zeros((units, weights))}
+    if dense:
+        return {**sums, "q": tf.zeros((units, weights, weights))}
+    for index, (a, o) in enumerate(sizes):
+        sums[f"a/{index}"] = tf.zeros((units, a, a))
+        sums[f"s/{index}"] = tf.zeros((o, o))
+        sums[f"rows/{index}"] = tf.zeros(())
+    return sums
+
+
+def scale_sums(sums: Sums, factor: float) -> dict[str, tf.Tensor]:
+    """Sums whose data count `factor` as much: forgets slowly what earlier batches said."""
+    return {name: factor * value for name, value in sums.items()}
+
+
+def dense_sums(seen: Sequence, cotangents: Sequence[Sequence]) -> dict[str, tf.Tensor]:
+    """Sums of one batch with the whole of Q: `{"g": [n, W], "q": [n, W, W]}`."""
+
+    def gradients(which):
+        parts = [_sample_gradients(u, c[which]) for u, c in zip(seen, cotangents, strict=True)]
+        return tf.concat(parts, axis=-1)
+
+    columns = [gradients(k) for k in range(1, len(cotangents[0]))]
+    q = tf.add_n([tf.matmul(column, column, transpose_a=True) for column in columns])
+    return {"g": tf.reduce_sum(gradients(0), axis=1), "q": q}
+
+
+def kronecker_sums(seen: Sequence, cotangents: Sequence[Sequence]) -> dict[str, tf.Tensor]:
+    """Sums of one batch with Q factored per consumer, `Q ~ A x S` (Grosse & Martens 2016)."""
+    sums = {"g": _concat_gradients(seen, cotangents)}
+    for index, (u, c) in enumerate(zip(seen, cotangents, strict=True)):
+        sums[f"a/{index}"] = tf.einsum("nipa,nipb->nab", u, u)
+        sums[f"s/{index}"] = tf.add_n([tf.einsum("ipo,ipq->oq", s, s) for s in c[1:]])
+        sums[f"rows/{index}"] = tf.cast(tf.size(c[0]) / c[0].shape[-1], tf.float32)
+    return sums
+
+
+def _sample_gradients(u, c):
+    """`[n, N, A*O]`: every sample's gradient with respect to the weights."""
+    outer = tf.einsum("nipa,ipo->niao", u, c)
+    shape = tf.shape(outer)
+    return tf.reshape(outer, (shape[0], shape[1], outer.shape[2] * outer.shape[3]))
+
+
+def _concat_gradients(seen, cotangents):
+    parts = []
+    for u, c in zip(seen, cotangents, strict=True):
+        total = tf.einsum("nipa,ipo->nao", u, c[0])
+        parts.append(tf.reshape(total, (-1, total.shape[1] * total.shape[2])))
+    return tf.concat(parts, axis=-1)
+
+
+def solve_sums(sums: Sums, damping) -> tf.Tensor:
+    """`phi [n, W] = -(Q + damping * mean(diag Q))^-1 G`.
+
+    Args:
+      sums: from `dense_sums` or `kronecker_sums`, added up over batches.
+      damping: relative damping, a number or one per unit `[n]`.
+    """
+    g = tf.cast(sums["g"], tf.float64)
+    damping = tf.broadcast_to(tf.cast(damping, tf.float64), tf.shape(g)[:1])
+    if "q" in sums:
+        phi = _solve_dense(g, tf.cast(sums["q"], tf.float64), damping)
+    else:
+        phi = _solve_kronecker(g, sums, damping)
+    return tf.cast(phi, tf.float32)
+
+
+def _solve_dense(g, q, damping):
+    diagonal = tf.reduce_mean(tf.linalg.diag_part(q), axis=-1)
+    # a dead unit has Q = 0 and G = 0: the floor keeps 0/0 from becoming NaN
+    ridge = tf.maximum(damping * diagonal, 1e-30)
+    identity = tf.eye(tf.shape(q)[-1], dtype=q.dtype)
+    factor = tf.linalg.cholesky(q + ridge[:, None, None] * identity)
+    return -tf.linalg.cholesky_solve(factor, g[..., None])[..., 0]
+
+
+def _solve_kronecker(g, sums, damping):
+    parts, start = [], 0
+    for index in range(sum(1 for name in sums if name.startswith("a/"))):
+        a_values, a_vectors, s_values, s_vectors = _kronecker_eigen(sums, index)
+        size = a_values.shape[-1] * s_values.shape[-1]
+        block = tf.reshape(
+            g[:, start : start + size], (-1, a_values.shape[-1], s_values.shape[-1])
+        )
+        start += size
+        eigenvalues = a_values[:, :, None] * s_values[None, None, :]
+        ridge = tf.maximum(damping * tf.reduce_mean(eigenvalues, axis=(1, 2)), 1e-30)
+        rotated = tf.einsum("nab,nao,oq->nbq", a_vectors, block, s_vectors)
+        rotated = rotated / (eigenvalues + ridge[:, None, None])
+        solved = -tf.einsum("nab,nbq,oq->nao", a_vectors, rotated, s_vectors)
+        parts.append(tf.reshape(solved, (-1, size)))
+    return tf.concat(parts, axis=-1)
+
+
+def _kronecker_eigen(sums, index):
+    a = tf.cast(sums[f"a/{index}"], tf.float64)
+    s = tf.cast(sums[f"s/{index}"], tf.float64) / tf.cast(sums[f"rows/{index}"], tf.float64)
+    a_values, a_vectors = tf.linalg.eigh(a)
+    s_values, s_vectors = tf.linalg.eigh(s)
+    return tf.nn.relu(a_values), a_vectors, tf.nn.relu(s_values), s_vectors
+
+
+def quadratic(sums: Sums, phi) -> np.ndarray:
+    """`G.phi + 1/2 phi'Q phi` `[n]` for the sums' data (a sum over its samples)."""
+    phi = tf.cast(phi, tf.float64)
+    linear = tf.reduce_sum(tf.cast(sums["g"], tf.float64) * phi, axis=-1)
+    if "q" in sums:
+        q = tf.cast(sums["q"], tf.float64)
+        return (linear + 0.5 * tf.einsum("na,nab,nb->n", phi, q, phi)).numpy()
+    curvature, start = tf.zeros_like(linear), 0
+    for index in range(sum(1 for name in sums if name.startswith("a/"))):
+        a = tf.cast(sums[f"a/{index}"], tf.float64)
+        s = tf.cast(sums[f"s/{index}"], tf.float64) / tf.cast(sums[f"rows/{index}"], tf.float64)
+        size = a.shape[-1] * s.shape[-1]
+        block = tf.reshape(phi[:, start : start + size], (-1, a.shape[-1], s.shape[-1]))
+        start += size
+        curvature += tf.einsum("nao,nab,nbq,oq->n", block, a, block, s)
+    return (linear + 0.5 * curvature).numpy()
+
+
+def add_sums(first: Sums, second: Sums) -> dict[str, tf.Tensor]:
+    """Sums over the data of both."""
+    return {name: first[name] + second[name] for name in first}
+
+
+def cross_damping(first: Sums, second: Sums) -> np.ndarray:
+    """The damping `[n]` of `DAMPINGS` whose solution on either half does best on the other."""
+    scores = []
+    for damping in DAMPINGS:
+        forth = quadratic(second, solve_sums(first, damping))
+        back = quadratic(first, solve_sums(second, damping))
+        scores.append(forth + back)
+    return np.asarray(DAMPINGS)[np.argmin(scores, axis=0)]

@@ -1,0 +1,100 @@
+"""Parameters and inference FLOPs of a model, at its present and at hypothetical widths."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from tfgrow.graph.nodes import Graph
+from tfgrow.graph.sites import Site
+from tfgrow.layers.growable import Growable, Mixing
+from tfgrow.types import Cost
+
+
+class CostModel:
+    """Counts what a model costs when its sites have some units more.
+
+    Parameters are all weights, trainable or not, as `model.count_params()` counts them. FLOPs are
+    those of the weights of mixing and depthwise layers per sample, a multiply-add counting as 2;
+    element-wise work is left out.
+    """
+
+    def __init__(self, graph: Graph, sites: Sequence[Site]):
+        self._layers: dict[int, list] = {}
+        self._cache: dict[tuple, Cost] = {}
+        fan_in, fan_out, channel = _extras(sites)
+        for node in graph.nodes:
+            layer = node.operation
+            if id(layer) not in self._layers and isinstance(layer, Growable):
+                extra = {
+                    "fan_in": fan_in.get(id(layer), []),
+                    "fan_out": fan_out.get(id(layer), []),
+                    "channel": channel.get(id(layer), []),
+                }
+                shape = graph.tensors[node.outputs[0]].shape
+                self._layers[id(layer)] = [layer, extra, shape]
+        self.base = self._count({})
+
+    def extra(self, units: Mapping[str, int]) -> Cost:
+        """What the model costs more than now with `units` (site name -> number) added."""
+        key = tuple(sorted((name, count) for name, count in units.items() if count))
+        if key not in self._cache:
+            total = self._count(units)
+            self._cache[key] = Cost(
+                total.params - self.base.params, total.flops - self.base.flops
+            )
+        return self._cache[key]
+
+    def _count(self, units) -> Cost:
+        params = flops = 0
+        for layer, extra, shape in self._layers.values():
+            grown = {
+                kind: sum(blocks * units.get(site, 0) for site, blocks in terms)
+                for kind, terms in extra.items()
+            }
+            sizes = {name: _size(layer, name, grown) for name in layer.growable_variables()}
+            params += sum(sizes.values())
+            flops += sizes.get("kernel", 0) * _flops_per_weight(layer, shape)
+        return Cost(params, flops)
+
+
+def model_flops(graph: Graph) -> int:
+    """Inference FLOPs per sample of a model as it is."""
+    return CostModel(graph, ()).base.flops
+
+
+def _extras(sites: Sequence[Site]) -> tuple[dict, dict, dict]:
+    """Per layer id: which sites widen which of its axes, and by how many entries per unit."""
+    fan_in: dict[int, list] = {}
+    fan_out: dict[int, list] = {}
+    channel: dict[int, list] = {}
+    for site in sites:
+        if site.blocked:
+            continue
+        fan_out.setdefault(id(site.producer), []).append((site.name, 1))
+        for step in site.steps:
+            terms = channel.setdefault(id(step.layer), [])
+            terms.append((site.name, step.incoming.blocks))
+        for leaf in site.leaves:
+            for node in leaf.consumers:
+                terms = fan_in.setdefault(id(node.operation), [])
+                terms.append((site.name, leaf.channels.blocks))
+    return fan_in, fan_out, channel
+
+
+def _size(layer: Growable, name: str, grown: Mapping[str, int]) -> int:
+    shape = list(getattr(layer, name).shape)
+    axes = layer.variable_axes[name]
+    for kind in ("fan_in", "fan_out", "channel"):
+        axis = getattr(axes, kind)
+        if axis is not None:
+            shape[axis] += grown[kind]
+    return int(np.prod(shape, dtype=np.int64))
+
+
+def _flops_per_weight(layer, output_shape) -> int:
+    if isinstance(layer, Mixing):
+        return layer.flops_per_weight(output_shape)
+    positions = [int(size) for size in output_shape[1:-1] if size is not None]
+    return 2 * int(np.prod(positions, dtype=np.int64))

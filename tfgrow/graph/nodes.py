@@ -1,0 +1,136 @@
+"""A Keras model's graph of layer calls, as a frozen value that can be executed with taps.
+
+The only reader of Keras's private graph attributes; `surgery/rebuild.py` is the only writer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import keras
+
+from tfgrow.layers import Mixing
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Node:
+    """One call of one layer (or Keras operation).
+
+    Attributes:
+      index: position in the topological order; names the node in taps.
+      operation: the layer or operation called.
+      inputs: ids of the tensors it reads, in argument order.
+      outputs: ids of the tensors it makes.
+      arguments: fills computed tensors into the recorded call arguments.
+    """
+
+    index: int
+    operation: Any
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    arguments: Callable[[Mapping[int, Any]], tuple[tuple, dict]]
+
+    @property
+    def name(self) -> str:
+        return self.operation.name
+
+    @property
+    def mixing(self) -> bool:
+        return isinstance(self.operation, Mixing)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Graph:
+    """A model's nodes in topological order; tensors are known by small integers.
+
+    Attributes:
+      nodes: the calls, without input layers.
+      inputs: tensor ids of the model's inputs, flat.
+      outputs: tensor ids of the model's outputs, flat.
+      tensors: the symbolic tensor of each id (its `shape` follows the model's growth).
+    """
+
+    nodes: tuple[Node, ...]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    tensors: Mapping[int, Any]
+
+    def readers(self, tensor: int) -> list[Node]:
+        """The nodes that read a tensor."""
+        return [node for node in self.nodes if tensor in node.inputs]
+
+    def calls(self, layer) -> list[Node]:
+        """The nodes that call a layer."""
+        return [node for node in self.nodes if node.operation is layer]
+
+
+def functional_of(model: keras.Model) -> Any:
+    """The functional graph of a built Functional or Sequential model, or a clear error."""
+    if isinstance(model, keras.Sequential):
+        if not model.built or getattr(model, "_functional", None) is None:
+            raise ValueError(
+                f"Sequential model '{model.name}' is not built, so it has no graph to trace. Give "
+                "it a keras.Input as its first layer, or call it on data once."
+            )
+        return model._functional
+    if hasattr(model, "_nodes_by_depth"):
+        return model
+    if not isinstance(model, keras.Model):
+        raise TypeError(f"Expected a keras.Model, found {type(model).__name__}: {model!r}")
+    raise TypeError(
+        f"Model '{model.name}' is a subclassed model ({type(model).__name__}): it has no graph of "
+        "layers to trace. Write it with the Functional API or as keras.Sequential."
+    )
+
+
+def trace(model: keras.Model) -> Graph:
+    """The graph of a Functional or Sequential model.
+
+    Raises:
+      ValueError: if a Sequential model isn't built.
+      TypeError: if the model is subclassed, or isn't a model.
+    """
+    functional = functional_of(model)
+    ids: dict[int, int] = {}
+    tensors: dict[int, Any] = {}
+
+    def number(tensor) -> int:
+        if id(tensor) not in ids:
+            ids[id(tensor)] = len(ids)
+            tensors[ids[id(tensor)]] = tensor
+        return ids[id(tensor)]
+
+    inputs = tuple(number(tensor) for tensor in functional.inputs)
+    nodes = []
+    for depth in sorted(functional._nodes_by_depth, reverse=True):
+        for call in functional._nodes_by_depth[depth]:
+            if call.is_input:
+                continue
+            nodes.append(
+                Node(
+                    index=len(nodes),
+                    operation=call.operation,
+                    inputs=tuple(number(tensor) for tensor in call.input_tensors),
+                    outputs=tuple(number(tensor) for tensor in call.outputs),
+                    arguments=_filler(call.arguments, ids),
+                )
+            )
+    outputs = tuple(number(tensor) for tensor in functional.outputs)
+    return Graph(tuple(nodes), inputs, outputs, tensors)
+
+
+def _filler(arguments, ids):
+    def fill(values):
+        by_tensor = {key: values[number] for key, number in ids.items() if number in values}
+        return arguments.fill_in(by_tensor)
+
+    return fill
+
+
+def call_operation(operation, args, kwargs):
+    """Calls a layer in inference mode, or a Keras operation."""
+    if getattr(operation, "_call_has_training_arg", False):
+        kwargs = {**kwargs, "training": False}
+    return operation(*args, **kwargs)

@@ -1,0 +1,136 @@
+"""Growing by hand: apply chosen candidates, or widen a layer."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+
+import keras
+
+from tfgrow.graph.cost import model_flops
+from tfgrow.graph.nodes import trace
+from tfgrow.graph.sites import find_sites
+from tfgrow.morphisms.base import Candidate
+from tfgrow.morphisms.registry import candidates as make_candidates
+from tfgrow.morphisms.registry import check_current, get
+from tfgrow.surgery.apply import apply_edits
+from tfgrow.types import GrowthEvent
+
+
+def apply(model: keras.Model, candidates: Sequence[Candidate]) -> GrowthEvent:
+    """Applies candidates to a model in place, inside or outside `fit`.
+
+    The same Python object gets the new shape: `summary()`, `count_params()`, `layer.output.shape`,
+    `save()`, `export()` and a continuing `fit` all see it, and the optimizer's state is carried
+    over channel by channel. All or nothing: on any error the model is as before.
+
+    Args:
+      model: the growable model the candidates were made for.
+      candidates: usually learned by an estimator; at most one edit per unit.
+
+    Returns:
+      The event: what was applied, widths, parameters and FLOPs before and after.
+
+    Raises:
+      ValueError: if the candidates are of another model, or of this one before it last grew.
+    """
+    started = time.perf_counter()
+    chosen = checked(model, candidates)
+    before = _size(model)
+    widths = widths_of(model)
+    apply_edits(model, edits_of(chosen))
+    after = _size(model)
+    grown = {
+        name: (widths[name], units) for name, units in widths_of(model).items()
+        if units != widths[name]
+    }  # fmt: skip
+    return GrowthEvent(
+        epoch=0,
+        applied=describe(chosen),
+        widths=grown,
+        params_before=before[0],
+        params_after=after[0],
+        flops_before=before[1],
+        flops_after=after[1],
+        estimated_change=None,
+        measured_change=None,
+        loss_before=None,
+        alpha=1.0,
+        seconds={"surgery": time.perf_counter() - started},
+        newborn={name: new - old for name, (old, new) in grown.items()},
+    )
+
+
+def widen(model: keras.Model, layer: str, units: int, seed: int = 0) -> GrowthEvent:
+    """Adds units to a layer without changing what the model computes.
+
+    New units get random incoming weights of the size of the others', and zero outgoing ones.
+
+    Args:
+      model: a growable model.
+      layer: name of the layer to widen (a site).
+      units: how many to add.
+      seed: of the random weights.
+
+    Returns:
+      The event, as from `apply`.
+
+    Example:
+
+    >>> import keras, tfgrow
+    >>> model = tfgrow.convert(keras.Sequential(
+    ...     [keras.Input((4,)), keras.layers.Dense(3, "relu", name="a"), keras.layers.Dense(2)]))
+    >>> tfgrow.widen(model, "a", 2).widths
+    {'a': (3, 5)}
+    """
+    if not isinstance(units, int) or units < 1:
+        raise ValueError(f"widen('{layer}'): expected units >= 1, found {units!r}.")
+    new = make_candidates(model, ("add",), sites=[layer], new_units=units, seed=seed)
+    return apply(model, new)
+
+
+def checked(model: keras.Model, candidates: Sequence[Candidate]) -> list[Candidate]:
+    """The candidates, if there are any and all are of this model as it is now."""
+    chosen = list(candidates)
+    if not chosen:
+        raise ValueError("No candidates to apply; make some with tfgrow.candidates(model).")
+    for candidate in chosen:
+        if not isinstance(candidate, Candidate):
+            raise TypeError(
+                f"Expected Candidates, found {type(candidate).__name__}; make them with "
+                "tfgrow.candidates(model)."
+            )
+        check_current(model, candidate.site)
+    repeated = [key for key, count in Counter(c.key for c in chosen).items() if count > 1]
+    if repeated:
+        site, morphism, unit = repeated[0]
+        raise ValueError(f"The {morphism} of unit {unit} of site '{site}' is given twice.")
+    return chosen
+
+
+def edits_of(candidates: Sequence[Candidate]) -> list:
+    """The candidates as edits that surgery understands."""
+    return [get(candidate.morphism).edit(candidate) for candidate in candidates]
+
+
+def describe(candidates: Sequence[Candidate]) -> tuple[dict, ...]:
+    """What is applied, one entry per site and morphism, JSON-ready."""
+    units: dict[tuple[str, str], list[int]] = {}
+    for candidate in candidates:
+        units.setdefault((candidate.site.name, candidate.morphism), []).append(
+            int(candidate.unit)
+        )
+    return tuple(
+        {"site": site, "morphism": morphism, "units": sorted(which)}
+        for (site, morphism), which in units.items()
+    )
+
+
+def widths_of(model: keras.Model) -> dict[str, int]:
+    """Units of every site that can grow, by name."""
+    return {site.name: site.units for site in find_sites(model) if site.blocked is None}
+
+
+def _size(model: keras.Model) -> tuple[int, int]:
+    return model.count_params(), model_flops(trace(model))

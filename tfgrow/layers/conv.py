@@ -1,0 +1,68 @@
+"""Conv1D, Conv2D and Conv3D, growable."""
+
+import keras
+import numpy as np
+from keras import ops
+
+from tfgrow.layers.growable import Axes, Mixing, channels_last_only
+
+
+class _Conv(Mixing):
+    """What the convolutions share; the Keras class beside it brings the rest."""
+
+    units_attribute = "filters"
+    variable_axes = {"kernel": Axes(fan_in=-2, fan_out=-1), "bias": Axes(fan_out=-1)}
+
+    def growth_blocked(self):
+        if self.groups != 1:
+            return (
+                f"layer '{self.name}' is a grouped convolution (groups={self.groups}); only "
+                "groups=1 can grow"
+            )
+        if self.lora_enabled or getattr(self, "quantization_mode", None):
+            return f"layer '{self.name}' has LoRA or quantized weights, which can't be resized"
+        return channels_last_only(self)
+
+    def linear(self, inputs, kernel, bias=None):
+        outputs = self.convolution_op(inputs, kernel)
+        return outputs if bias is None else outputs + bias
+
+    def unfold(self, inputs):
+        # A convolution of every channel by itself with one-hot kernels copies each tap's input.
+        taps = int(np.prod(self.kernel_size))
+        one_hot = np.eye(taps, dtype="float32").reshape((*self.kernel_size, 1, taps))
+        spatial, channels = inputs.shape[1:-1], inputs.shape[-1]
+        to_front = (0, self.rank + 1, *range(1, self.rank + 1))
+        each = ops.reshape(ops.transpose(inputs, to_front), (-1, *spatial, 1))
+        seen = self.convolution_op(each, ops.cast(one_hot, inputs.dtype))
+        seen = ops.reshape(seen, (-1, channels, int(np.prod(seen.shape[1:-1])), taps))
+        return ops.transpose(seen, (0, 2, 3, 1))
+
+
+@keras.saving.register_keras_serializable(package="tfgrow")
+class Conv1D(_Conv, keras.layers.Conv1D):
+    """`keras.layers.Conv1D` whose filters can grow. Same arguments, weights and outputs."""
+
+    stock_class = keras.layers.Conv1D
+
+
+@keras.saving.register_keras_serializable(package="tfgrow")
+class Conv2D(_Conv, keras.layers.Conv2D):
+    """`keras.layers.Conv2D` whose filters can grow. Same arguments, weights and outputs.
+
+    Example:
+
+    >>> import numpy as np, tfgrow
+    >>> layer = tfgrow.layers.Conv2D(4, 3, padding="same")
+    >>> layer(np.ones((1, 8, 8, 3), "float32")).shape
+    TensorShape([1, 8, 8, 4])
+    """
+
+    stock_class = keras.layers.Conv2D
+
+
+@keras.saving.register_keras_serializable(package="tfgrow")
+class Conv3D(_Conv, keras.layers.Conv3D):
+    """`keras.layers.Conv3D` whose filters can grow. Same arguments, weights and outputs."""
+
+    stock_class = keras.layers.Conv3D

@@ -1,0 +1,47 @@
+"""DepthwiseConv2D, growable."""
+
+import keras
+from keras import ops
+
+from tfgrow.layers.activations import is_elementwise
+from tfgrow.layers.growable import Axes, GrowableChannelwise, channels_last_only
+from tfgrow.types import ChannelMap
+
+
+@keras.saving.register_keras_serializable(package="tfgrow")
+class DepthwiseConv2D(GrowableChannelwise, keras.layers.DepthwiseConv2D):
+    """`keras.layers.DepthwiseConv2D` whose channels grow with those of its producer.
+
+    With `depth_multiplier` m, input channel c becomes the outputs c*m ... c*m + m - 1.
+    """
+
+    stock_class = keras.layers.DepthwiseConv2D
+    variable_axes = {"kernel": Axes(channel=-2), "bias": Axes(channel=-1)}
+
+    def growth_blocked(self):
+        if self.use_bias and self.depth_multiplier != 1:
+            return (
+                f"layer '{self.name}' has a bias and depth_multiplier={self.depth_multiplier}; "
+                "use depth_multiplier=1 or use_bias=False"
+            )
+        if not is_elementwise(self.activation):
+            return f"layer '{self.name}' has an activation that mixes channels or is unknown"
+        return channels_last_only(self)
+
+    def channel_map(self, incoming, input_shape):
+        del input_shape
+        m = self.depth_multiplier
+        index = incoming.index[:, :, None] * m + range(m)
+        return ChannelMap(index.reshape(incoming.units, -1), incoming.size * m)
+
+    def apply_channels(self, inputs, variables):
+        outputs = ops.depthwise_conv(
+            inputs,
+            variables["kernel"],
+            strides=self.strides,
+            padding=self.padding,
+            dilation_rate=self.dilation_rate,
+            data_format=self.data_format,
+        )
+        outputs = outputs + variables["bias"] if "bias" in variables else outputs
+        return outputs if self.activation is None else self.activation(outputs)

@@ -1,0 +1,169 @@
+"""What a layer must say about itself to take part in growth.
+
+Two kinds of layers exist for tfgrow:
+
+* a **mixing** layer (Dense, Conv...) combines input channels into new output channels: it is the
+  producer of the channels it makes and a consumer of the channels it reads;
+* a **channelwise** layer (BatchNormalization, an activation, pooling, Flatten...) treats every
+  channel by itself: it lies on the path between a producer and its consumers.
+
+A layer takes part by subclassing `Mixing` or `Channelwise`, the two faces of `Growable`. Nothing
+else in tfgrow asks for a layer's type.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import keras
+import numpy as np
+
+from tfgrow.types import ChannelMap
+
+
+@dataclasses.dataclass(frozen=True)
+class Axes:
+    """Which axes of a variable are channels.
+
+    Attributes:
+      fan_in: axis of the input channels (mixing layers), or None.
+      fan_out: axis of the output channels (mixing layers), or None.
+      channel: axis of the channels that pass through (channelwise layers), or None.
+    """
+
+    fan_in: int | None = None
+    fan_out: int | None = None
+    channel: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Moments:
+    """Mean and variance `[n]` of the values that reach a channelwise layer, per unit."""
+
+    mean: Any
+    variance: Any
+
+
+class Growable:
+    """Interface of a layer that can grow. Subclass `Mixing` or `Channelwise`, not this.
+
+    Attributes:
+      stock_class: the plain Keras layer that `strip` turns this layer into and `convert` makes it
+        from; None for a user's own layer, which is left as it is.
+      variable_axes: channel axes by variable attribute, e.g. `{"kernel": Axes(fan_in=-2,
+        fan_out=-1), "bias": Axes(fan_out=-1)}`. Attributes that are None on the layer are ignored.
+    """
+
+    stock_class: ClassVar[type | None] = None
+    variable_axes: ClassVar[Mapping[str, Axes]] = {}
+
+    def growth_blocked(self) -> str | None:
+        """Why this layer, as it is configured, can't take part; None if it can."""
+        return None
+
+    def growable_variables(self) -> dict[str, Any]:
+        """The layer's variables that have a channel axis, by attribute name."""
+        named = {name: getattr(self, name, None) for name in self.variable_axes}
+        return {name: variable for name, variable in named.items() if variable is not None}
+
+
+class Mixing(Growable):
+    """A layer that makes new channels out of all the channels it reads.
+
+    Attributes:
+      units_attribute: name of the config attribute that holds the number of output channels.
+    """
+
+    units_attribute: ClassVar[str] = "units"
+
+    @property
+    def growth_units(self) -> int:
+        """Number of output channels now."""
+        return int(getattr(self, self.units_attribute))
+
+    def linear(self, inputs, kernel, bias=None):
+        """The layer's response before its activation, with the given weights.
+
+        Args:
+          inputs: `[N, ..., in]`.
+          kernel: shaped like the layer's kernel, except that both channel axes may have any size.
+          bias: `[out]` or None.
+
+        Returns:
+          `[N, ..., out]`.
+        """
+        raise NotImplementedError
+
+    def activate(self, outputs):
+        """The layer's own activation; identity when it has none."""
+        activation = getattr(self, "activation", None)
+        return outputs if activation is None else activation(outputs)
+
+    def unfold(self, inputs):
+        """The inputs that each output position sees: `[N, ..., c] -> [N, P, T, c]`.
+
+        With a kernel reshaped to `[T, c, O]`, `linear` is the contraction of both over `T` and `c`.
+        """
+        raise NotImplementedError
+
+    def flops_per_weight(self, output_shape) -> int:
+        """Multiply-adds count as 2: FLOPs that one entry of the kernel costs per sample."""
+        positions = [int(size) for size in output_shape[1:-1] if size is not None]
+        return 2 * int(np.prod(positions, dtype=np.int64))
+
+
+class Channelwise:
+    """What tfgrow asks of a layer on the path between a producer and its consumers."""
+
+    needs_moments: ClassVar[bool] = False
+    """Whether the layer keeps statistics of its input that a new unit has to be given."""
+
+    def channel_map(self, incoming: ChannelMap, input_shape) -> ChannelMap:
+        """Where the channels lie on the last axis of the output, given where they lie before."""
+        del input_shape
+        return incoming
+
+    def apply_channels(self, inputs, variables: Mapping[str, Any]):
+        """The layer in inference mode on any number of channels, whose variables are given."""
+        raise NotImplementedError
+
+    def child_variables(self, variables, moments: Moments | None):
+        """Variables of units that must compute what their parents do, in inference mode.
+
+        Args:
+          variables: the parents' variables, channel axis last-but-given by `variable_axes`.
+          moments: moments of the children's values here, None if unknown.
+        """
+        del moments
+        return dict(variables)
+
+    def newborn_variables(self, variables, moments: Moments | None):
+        """Variables of units that descend from none; `variables` are those of some live units."""
+        del moments
+        return dict(variables)
+
+
+class GrowableChannelwise(Growable, Channelwise):
+    """A channelwise layer with variables of its own: BatchNormalization, PReLU..."""
+
+
+def from_stock(growable_class: type, layer: keras.Layer) -> keras.Layer:
+    """An unbuilt growable layer with the configuration of a stock one."""
+    return growable_class.from_config(layer.get_config())
+
+
+def to_stock(layer: keras.Layer) -> keras.Layer:
+    """An unbuilt stock layer with the configuration of a growable one."""
+    return layer.stock_class.from_config(layer.get_config())
+
+
+def channels_last_only(layer) -> str | None:
+    """The reason a layer with `data_format="channels_first"` is blocked, or None."""
+    if getattr(layer, "data_format", "channels_last") == "channels_last":
+        return None
+    return (
+        f"layer '{layer.name}' has data_format='channels_first'; growth needs the channels on the "
+        "last axis: build it with data_format='channels_last'"
+    )

@@ -1,0 +1,51 @@
+"""Which new units came to life: late-born ones often stay inactive (arXiv 2509.18842)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tfgrow.capture.batches import batches_of
+from tfgrow.capture.capture import observe
+from tfgrow.capture.execute import float32_compute, tensor_tap
+from tfgrow.graph.nodes import trace
+from tfgrow.graph.sites import sites_of
+
+ALIVE = 1e-3
+"""A unit is alive if its values vary by more than this share of what its site's units do."""
+
+
+def alive_share(model: keras.Model, newborn: Mapping[str, int], dataset) -> float:
+    """Share of the youngest units that are active.
+
+    A unit is active if the standard deviation of what it hands to its consumers, over samples and
+    positions, is more than `ALIVE` times the median of its site's units.
+
+    Args:
+      model: the grown model.
+      newborn: site name -> number of units added last, which are the site's last ones.
+      dataset: a few batches.
+    """
+    graph = trace(model)
+    sites = [site for site in sites_of(model, graph) if newborn.get(site.name)]
+    alive = total = 0
+    for site in sites:
+        deviation = sum(_deviations(model, graph, site, dataset))
+        young = deviation[-newborn[site.name] :]
+        alive += int(np.sum(young > ALIVE * np.median(deviation)))
+        total += len(young)
+    return alive / total if total else 1.0
+
+
+def _deviations(model, graph, site, dataset):
+    for x, _, _ in batches_of(dataset):
+        with float32_compute(model):
+            values = observe(graph, x).values
+        for leaf in site.leaves:
+            value = values[tensor_tap(leaf.tensor)]
+            axes = list(range(len(value.shape) - 1))
+            deviation = tf.math.reduce_std(value, axes).numpy()
+            yield deviation[leaf.channels.index].max(axis=1)

@@ -1,0 +1,65 @@
+"""The truth that estimates are held against: the model's own forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import keras
+import tensorflow as tf
+
+from tfgrow.capture.batches import batches_of, check_finite
+from tfgrow.curvature.loss_head import make_loss_head
+from tfgrow.estimator import compiled_loss
+from tfgrow.graph.convert import copy_model
+from tfgrow.graph.sites import find_sites
+from tfgrow.morphisms.base import Candidate
+from tfgrow.morphisms.registry import get
+from tfgrow.surgery.apply import apply_edits
+
+
+def real_loss(model: keras.Model, dataset, loss=None) -> float:
+    """Mean loss per sample of the model itself, called in inference mode.
+
+    Args:
+      model: any built model with one output.
+      dataset: finite, anything `model.fit` takes, with targets.
+      loss: the compiled one by default. Weight penalties are not part of it.
+    """
+    check_finite(dataset)
+    head = make_loss_head(compiled_loss(model) if loss is None else loss)
+
+    @tf.function(reduce_retracing=True, autograph=False)
+    def batch_loss(x, y, weight):
+        outputs = tf.cast(model(x, training=False), tf.float32)
+        return tf.reduce_sum(head.per_sample(y, outputs) * weight)
+
+    total = count = 0.0
+    for x, y, weight in batches_of(dataset):
+        total += float(batch_loss(x, y, weight))
+        count += int(weight.shape[0])
+    return total / count
+
+
+def measure_change(
+    model: keras.Model, candidates: Sequence[Candidate], dataset, loss=None
+) -> float:
+    """The true change of the mean loss when candidates are really applied, to a copy.
+
+    Args:
+      model: the growable model; it is left untouched.
+      candidates: learned candidates of it.
+      dataset: finite, anything `model.fit` takes, with targets.
+      loss: the compiled one by default.
+
+    Returns:
+      Loss of the expanded copy minus loss of the model, on the same samples; negative is better.
+    """
+    loss = compiled_loss(model) if loss is None else loss
+    before = real_loss(model, dataset, loss)
+    copy = copy_model(model)
+    sites = {site.name: site for site in find_sites(copy)}
+    moved = [candidate.replace(site=sites[candidate.site.name]) for candidate in candidates]
+    apply_edits(copy, [get(candidate.morphism).edit(candidate) for candidate in moved])
+    return real_loss(copy, dataset, loss) - before
+
+

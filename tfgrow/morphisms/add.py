@@ -1,0 +1,210 @@
+"""Add: a new unit with incoming weights theta_in and outgoing weights phi.
+
+At phi = 0 the function is unchanged. The perturbation is at the consumers' responses, D = phi * h
+with h = path(theta_in's response), so the estimate is quadratic in phi: with G the mean gradient and
+Q the Gauss-Newton matrix with respect to phi, phi = -(Q + damping)^-1 G in closed form; theta_in is
+improved by gradient through it.
+
+Source: Lawton et al., arXiv 2411.05855; closed-form outgoing weights as in Verbockhaven et al. 2024
+(TINY), here in the Gauss-Newton metric of the loss.
+
+Layouts: phi of a consumer is `[n, T, B, O]`; the units of one group are separate candidates.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import tensorflow as tf
+
+from tfgrow.capture.capture import consumer_taps, producer_input
+from tfgrow.curvature.normal import dense_sums, kronecker_sums, solve_sums, zero_sums
+from tfgrow.morphisms.base import Candidate, Morphism
+from tfgrow.morphisms.path_state import (
+    Observer,
+    newborn_path,
+    stacked_path_variables,
+    state_moments,
+)
+from tfgrow.morphisms.weights import (
+    as_layer_weights,
+    consumer_kernel,
+    fan_in_weights,
+    unit_scale,
+)
+from tfgrow.types import NEWBORN, Cost, NewUnit, WidthEdit
+
+DENSE_LIMIT = 600
+"""Above so many outgoing weights of one unit, Q is Kronecker-factored."""
+
+
+class Add(Morphism):
+    """Adds one unit. See the module's docstring."""
+
+    name = "add"
+    learned = ("kernel", "bias")
+    solved = ("phi",)
+
+    def candidates(self, site, *, new_units, seed):
+        rng = np.random.default_rng([seed, 1, *site.name.encode()])
+        weights = fan_in_weights(site.producer)
+        size = float(np.sqrt(np.mean(unit_scale(site) ** 2)))
+        found = []
+        for number in range(new_units):
+            theta = {"kernel": size * rng.standard_normal(weights["kernel"].shape[1:])}
+            if "bias" in weights:
+                theta["bias"] = np.zeros(())
+            for index, shape in enumerate(_phi_shapes(site)):
+                theta[f"phi/{index}"] = np.zeros(shape)
+            theta = {name: value.astype("float32") for name, value in theta.items()}
+            template = {"template": np.int64(rng.integers(site.units))}
+            found.append(Candidate(site, self.name, number, theta, template, Cost()))
+        return found
+
+    def taps(self, site):
+        return consumer_taps(site)
+
+    def scale(self, site, units):
+        size = np.full(len(units), np.sqrt(np.mean(unit_scale(site) ** 2)), dtype="float32")
+        return {"kernel": size, "bias": size}
+
+    def _newborn(self, capture, group, theta, fresh, observer=None):
+        """By leaf, `[N, ..., size]`: the new units' values at the consumers' input."""
+        site, path = group.site, group.path
+        own = {name: theta[name] for name in site.producer.growable_variables()}
+        weights = as_layer_weights(site.producer, own)
+        response = site.producer.linear(producer_input(capture, site), **weights)
+        templates = np.asarray(group.static["template"], dtype=np.int64)
+        live = path.live_variables(templates)
+        if not fresh:
+            variables = stacked_path_variables(
+                path, templates, lambda number: state_moments(theta, "new", number)
+            )
+            return path.run(response, variables)
+        values, variables = path.run_newborn(response, live)
+        if observer is not None:
+            path.run(response, variables, observer)
+        return values
+
+    def scalars(self, capture, group, theta, fresh):
+        values = self._newborn(capture, group, theta, fresh)
+        totals = None
+        for index, (leaf, node) in enumerate(_reads(group.site)):
+            kernel = _group_kernel(group, leaf, node, theta[f"phi/{index}"])
+            value = values[leaf.tensor]
+            pulled = _pull_back(node.operation, value, kernel)
+            tap = consumer_taps(group.site)[index]
+            parts = [
+                group.path.per_unit(leaf.tensor, value * pulled(cotangent))
+                for cotangent in capture.cotangents(tap)
+            ]
+            totals = parts if totals is None else [a + b for a, b in zip(totals, parts, strict=True)]
+        return totals
+
+    def tangents(self, capture, group, theta):
+        values = self._newborn(capture, group, theta, fresh=False)
+        tangents = {}
+        for index, (leaf, node) in enumerate(_reads(group.site)):
+            kernel = _group_kernel(group, leaf, node, theta[f"phi/{index}"])
+            tap = consumer_taps(group.site)[index]
+            tangents[tap] = node.operation.linear(values[leaf.tensor], kernel)
+        return tangents
+
+    def moments(self, capture, group, theta):
+        observer = Observer(group.path, "new")
+        self._newborn(capture, group, theta, fresh=True, observer=observer)
+        return observer.seen
+
+    def normal_equations(self, capture, group, theta):
+        values = self._newborn(capture, group, theta, fresh=True)
+        seen, cotangents = [], []
+        for index, (leaf, node) in enumerate(_reads(group.site)):
+            # [N, P, T, size] -> [n, N, P, T*B]
+            patches = node.operation.unfold(tf.stop_gradient(values[leaf.tensor]))
+            patches = group.path.by_unit(leaf.tensor, patches)
+            patches = tf.transpose(patches, (3, 0, 1, 2, 4))
+            shape = tf.shape(patches)
+            seen.append(tf.reshape(patches, (*_head(shape, 3), shape[3] * shape[4])))
+            outputs = node.operation.growth_units
+            tap = consumer_taps(group.site)[index]
+            cotangents.append(
+                [tf.reshape(c, (tf.shape(c)[0], -1, outputs)) for c in capture.cotangents(tap)]
+            )
+        return (dense_sums if _dense(group.site) else kronecker_sums)(seen, cotangents)
+
+    def no_equations(self, group):
+        sizes = [(taps * blocks, outputs) for taps, blocks, outputs in _phi_shapes(group.site)]
+        return zero_sums(len(group.units), sizes, _dense(group.site))
+
+    def solve(self, group, sums, damping):
+        solution, start, solved = solve_sums(sums, damping), 0, {}
+        for index, shape in enumerate(_phi_shapes(group.site)):
+            size = int(np.prod(shape))
+            solved[f"phi/{index}"] = tf.reshape(solution[:, start : start + size], (-1, *shape))
+            start += size
+        return solved
+
+    def edit(self, candidate):
+        site = candidate.site
+        fan_in = {name: candidate.theta[name] for name in fan_in_weights(site.producer, [0])}
+        rows = [candidate.theta[f"phi/{index}"] for index in range(len(site.consumers))]
+        unit = NewUnit(
+            source=NEWBORN,
+            fan_in=fan_in,
+            path=newborn_path(candidate, "new", int(candidate.state["template"])),
+            fan_out=tuple(rows),
+        )
+        return WidthEdit(site, {}, (unit,))
+
+    def scaled(self, candidate, alpha):
+        theta = {
+            name: value * alpha if name.startswith("phi/") else value
+            for name, value in candidate.theta.items()
+        }
+        return candidate.replace(theta=theta)
+
+
+def _reads(site):
+    """Every (leaf, consumer node), in the order of `Site.consumers`."""
+    return [(leaf, node) for leaf in site.leaves for node in leaf.consumers]
+
+
+def _phi_shapes(site) -> list[tuple[int, int, int]]:
+    """`(T, B, O)` per consumer."""
+    shapes = []
+    for leaf, node in _reads(site):
+        kernel = node.operation.growable_variables()["kernel"]
+        taps = int(np.prod(kernel.shape[:-2], dtype=np.int64))
+        shapes.append((taps, leaf.channels.blocks, node.operation.growth_units))
+    return shapes
+
+
+def _dense(site) -> bool:
+    return sum(int(np.prod(shape)) for shape in _phi_shapes(site)) <= DENSE_LIMIT
+
+
+def _head(shape, count):
+    return [shape[axis] for axis in range(count)]
+
+
+def _group_kernel(group, leaf, node, phi):
+    """`[n, T, B, O]` -> a kernel of the consumer that reads the group's units."""
+    index = group.path.maps[leaf.tensor].index
+    order = np.empty(index.size, dtype=np.int64)
+    order[index.reshape(-1)] = np.arange(index.size)
+    rows = tf.transpose(phi, (1, 0, 2, 3))
+    taps, outputs = phi.shape[1], phi.shape[3]
+    rows = tf.gather(tf.reshape(rows, (taps, -1, outputs)), order, axis=1)
+    return consumer_kernel(node.operation, rows)
+
+
+def _pull_back(layer, value, kernel):
+    """The transpose of the consumer's linear map, as a function of a cotangent of its response."""
+    value, kernel = tf.stop_gradient(value), tf.stop_gradient(kernel)
+
+    def pull(cotangent):
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(value)
+            response = layer.linear(value, kernel)
+        return tf.stop_gradient(tape.gradient(response, value, output_gradients=cotangent))
+
+    return pull

@@ -1,0 +1,158 @@
+"""What a morphism is: a structural edit with parameters theta, and how its effect is estimated.
+
+A morphism is one file with one subclass of `Morphism`. Candidates of one morphism at one site are
+worked on together, as a `Group`; every array of theta carries the candidates on its *first* axis.
+
+The estimate of a candidate with perturbation D is, per sample, `g.D + 1/2 sum_k (s_k.D)^2`
+(arXiv 2411.05855; g the loss gradient and s_k the curvature's columns, where D is linearised).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+
+from tfgrow.capture.capture import Capture
+from tfgrow.capture.execute import Tap
+from tfgrow.capture.path import Path
+from tfgrow.graph.sites import Site
+from tfgrow.types import Cost, WidthEdit
+
+Theta = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Candidate:
+    """One smallest edit of a model, with its parameters.
+
+    Attributes:
+      site: where it acts.
+      morphism: the kind of edit, by name.
+      unit: the unit it acts on, or for new units a number that tells them apart.
+      theta: its parameters, one array per name.
+      state: what was measured along with theta and is needed to apply it (statistics).
+      cost: what it adds to the model when applied alone.
+    """
+
+    site: Site
+    morphism: str
+    unit: int
+    theta: Mapping[str, np.ndarray]
+    state: Mapping[str, np.ndarray]
+    cost: Cost
+
+    def replace(self, **changes) -> Candidate:
+        """A copy with some attributes changed."""
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        """Candidates with equal keys are the same edit with other parameters."""
+        return (self.site.name, self.morphism, self.unit)
+
+    def __repr__(self) -> str:
+        return f"<Candidate {self.morphism} {self.site.name}[{self.unit}], {self.cost.params:+d}>"
+
+
+class Group:
+    """Candidates of one morphism at one site, stacked.
+
+    Attributes:
+      morphism: the `Morphism`.
+      site: their site.
+      units: int array `[n]`.
+      path: the site's path for `n` units.
+      scales: natural size of the entries of each learned parameter, `[n]` per name.
+      static: integer state (which shapes the computation), stacked.
+      theta: float parameters and state, stacked: `[n, ...]` per name.
+    """
+
+    def __init__(self, morphism: Morphism, candidates: Sequence[Candidate]):
+        self.morphism = morphism
+        self.site = candidates[0].site
+        self.units = np.asarray([candidate.unit for candidate in candidates], dtype=np.int64)
+        self.path = Path(self.site, len(self.units))
+        self.scales = morphism.scale(self.site, self.units)
+        stacked = _stack([{**c.state, **c.theta} for c in candidates])
+        self.static = {k: v for k, v in stacked.items() if v.dtype.kind == "i"}
+        self.theta = {k: v for k, v in stacked.items() if v.dtype.kind == "f"}
+
+
+def _stack(dicts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    common = set(dicts[0]).intersection(*dicts[1:])
+    return {name: np.stack([np.asarray(d[name]) for d in dicts]) for name in sorted(common)}
+
+
+class Morphism:
+    """Interface of a kind of edit. Stateless: everything is in theta and in the arguments.
+
+    Attributes:
+      name: by which users and journals know it.
+      learned: the names of theta that are improved by gradient.
+      solved: the names of theta that have a closed form, given the learned ones.
+      measured: whether it has statistics to measure before it is applied.
+    """
+
+    name: ClassVar[str]
+    learned: ClassVar[tuple[str, ...]]
+    solved: ClassVar[tuple[str, ...]] = ()
+
+    def candidates(self, site: Site, *, new_units: int, seed: int) -> list[Candidate]:
+        """The site's candidates with theta initialised; `cost` is filled in by the caller."""
+        raise NotImplementedError
+
+    def taps(self, site: Site) -> list[Tap]:
+        """Where gradient and columns are needed."""
+        raise NotImplementedError
+
+    def scale(self, site: Site, units: np.ndarray) -> dict[str, np.ndarray]:
+        """Natural size of the entries of each learned parameter, `[n]`: the unit of a step."""
+        raise NotImplementedError
+
+    def scalars(self, capture: Capture, group: Group, theta: Theta, fresh: bool) -> list:
+        """Each candidate's perturbation against gradient and columns.
+
+        Args:
+          capture: the batch.
+          group: the candidates.
+          theta: stacked parameters and measured state.
+          fresh: whether statistics are taken from the batch (while learning) instead of `theta`.
+
+        Returns:
+          `[N, n]` for the gradient, then one `[N, n]` per column.
+        """
+        raise NotImplementedError
+
+    def tangents(self, capture: Capture, group: Group, theta: Theta) -> dict[Tap, Any]:
+        """The sum of all the group's perturbations, by tap: the forward-mode view."""
+        raise NotImplementedError
+
+    def moments(self, capture: Capture, group: Group, theta: Theta) -> dict[str, Any]:
+        """Statistics of the batch that `measured` averages; empty when none are needed."""
+        del capture, group, theta
+        return {}
+
+    def no_equations(self, group: Group) -> dict[str, Any]:
+        """`normal_equations` of no data: zeros of the same names and shapes."""
+        del group
+        return {}
+
+    def normal_equations(self, capture: Capture, group: Group, theta: Theta) -> dict[str, Any]:
+        """This batch's sums of the quadratic in the solved parameters; empty when none are."""
+        del capture, group, theta
+        return {}
+
+    def solve(self, group: Group, sums: Mapping[str, Any], damping: float) -> dict[str, Any]:
+        """The solved parameters from summed normal equations, as tensors, damped."""
+        raise NotImplementedError
+
+    def edit(self, candidate: Candidate) -> WidthEdit:
+        """The change to the model that the candidate stands for."""
+        raise NotImplementedError
+
+    def scaled(self, candidate: Candidate, alpha: float) -> Candidate:
+        """The candidate with its perturbation scaled down; at 0 the function is unchanged."""
+        raise NotImplementedError

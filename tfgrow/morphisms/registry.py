@@ -1,0 +1,134 @@
+"""The morphisms by name, and the candidates of a model. A new morphism is one file and one row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import keras
+
+from tfgrow.graph.cost import CostModel
+from tfgrow.graph.nodes import trace
+from tfgrow.graph.sites import Site, sites_of
+from tfgrow.graph.versions import version_of
+from tfgrow.morphisms.add import Add
+from tfgrow.morphisms.base import Candidate, Group, Morphism
+from tfgrow.morphisms.split import Split
+
+MORPHISMS: dict[str, Morphism] = {morphism.name: morphism for morphism in (Split(), Add())}
+
+
+def get(identifier: str | Morphism) -> Morphism:
+    """A morphism by name, or the one given."""
+    if isinstance(identifier, Morphism):
+        return identifier
+    if identifier not in MORPHISMS:
+        raise ValueError(
+            f"Unknown morphism {identifier!r}; expected one of {sorted(MORPHISMS)} or a Morphism."
+        )
+    return MORPHISMS[identifier]
+
+
+def register_morphism(morphism: Morphism) -> None:
+    """Makes a morphism of your own known by its name."""
+    MORPHISMS[morphism.name] = morphism
+
+
+def candidates(
+    model: keras.Model,
+    morphisms: Sequence[str | Morphism] = ("split", "add"),
+    sites: Iterable[Site | str] | None = None,
+    new_units: int = 4,
+    seed: int = 0,
+) -> list[Candidate]:
+    """Every smallest edit of a model, with theta initialised.
+
+    Args:
+      model: a growable model.
+      morphisms: kinds of edits, by name.
+      sites: sites or their names; all that can grow by default.
+      new_units: for `"add"`, single new units per site.
+      seed: of the random initial directions.
+
+    Returns:
+      One candidate per unit of a site for `"split"`, `new_units` per site for `"add"`.
+
+    Raises:
+      ValueError: for an unknown morphism or site, one that is blocked, or one of another model.
+
+    Example:
+
+    >>> import keras, tfgrow
+    >>> model = tfgrow.convert(keras.Sequential(
+    ...     [keras.Input((4,)), keras.layers.Dense(3, "relu"), keras.layers.Dense(2)]))
+    >>> len(tfgrow.candidates(model, morphisms=("split", "add"), new_units=2))
+    5
+    """
+    if isinstance(morphisms, str):
+        morphisms = (morphisms,)
+    kinds = [get(morphism) for morphism in morphisms]
+    if not kinds:
+        raise ValueError(f"No morphisms given; expected some of {sorted(MORPHISMS)}.")
+    graph = trace(model)
+    every = sites_of(model, graph)
+    costs = CostModel(graph, every)
+    found = []
+    for site in _chosen(model, every, sites):
+        alone = costs.extra({site.name: 1})
+        for kind in kinds:
+            for candidate in kind.candidates(site, new_units=new_units, seed=seed):
+                found.append(candidate.replace(cost=alone))
+    return found
+
+
+def _chosen(model, every: Sequence[Site], wanted) -> list[Site]:
+    if wanted is None:
+        return [site for site in every if site.blocked is None]
+    by_name = {site.name: site for site in every}
+    chosen = []
+    for item in wanted:
+        name = item.name if isinstance(item, Site) else item
+        if name not in by_name:
+            raise ValueError(
+                f"Model '{model.name}' has no site named {name!r}; its sites are {list(by_name)}."
+            )
+        if isinstance(item, Site):
+            check_current(model, item)
+        if by_name[name].blocked:
+            raise ValueError(f"Site '{name}' can't grow: {by_name[name].blocked}.")
+        chosen.append(by_name[name])
+    return chosen
+
+
+def check_current(model: keras.Model, site: Site) -> None:
+    """Refuses a site (and so its candidates) of another model, or of this one before it grew."""
+    if site.model() is not model:
+        raise ValueError(
+            f"Site '{site.name}' belongs to another model than '{model.name}'; make candidates of "
+            "the model you want to grow with tfgrow.candidates(model)."
+        )
+    if site.version != version_of(model):
+        raise ValueError(
+            f"Site '{site.name}' was traced before model '{model.name}' last grew, so its "
+            "candidates no longer fit; make new ones with tfgrow.candidates(model)."
+        )
+
+
+def group_candidates(model: keras.Model, chosen: Sequence[Candidate]) -> tuple[list[Group], list]:
+    """Candidates stacked by morphism and site.
+
+    Returns:
+      The groups, and for each the positions of its candidates in `chosen`.
+    """
+    if not chosen:
+        raise ValueError("No candidates given; make some with tfgrow.candidates(model).")
+    members: dict[tuple, list[int]] = {}
+    for position, candidate in enumerate(chosen):
+        if not isinstance(candidate, Candidate):
+            raise TypeError(f"Expected a Candidate, found {type(candidate).__name__}.")
+        check_current(model, candidate.site)
+        members.setdefault((candidate.morphism, candidate.site.name), []).append(position)
+    groups = [
+        Group(get(morphism), [chosen[position] for position in positions])
+        for (morphism, _), positions in members.items()
+    ]
+    return groups, list(members.values())

@@ -1,0 +1,48 @@
+"""Weights of single units, candidate axis first, to and from a layer's own layout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import tensorflow as tf
+
+from tfgrow.graph.sites import Site
+from tfgrow.layers.growable import Mixing
+
+
+def fan_in_weights(layer: Mixing, units=None) -> dict[str, np.ndarray]:
+    """The incoming weights of units: `{"kernel": [n, ..., in], "bias": [n]}` in float32."""
+    weights = {}
+    for name, variable in layer.growable_variables().items():
+        axis = layer.variable_axes[name].fan_out
+        values = np.moveaxis(np.asarray(variable, dtype="float32"), axis, 0)
+        weights[name] = values if units is None else values[np.asarray(units)]
+    return weights
+
+
+def as_layer_weights(layer: Mixing, theta: Mapping) -> dict:
+    """`{"kernel": [n, ...]}` tensors in the layout of the layer, as `linear` takes them."""
+    weights = {}
+    for name in layer.growable_variables():
+        value = theta[name]
+        axis = layer.variable_axes[name].fan_out % len(value.shape)
+        order = [*range(1, len(value.shape))]
+        order.insert(axis, 0)
+        weights[name] = tf.transpose(value, order)
+    return weights
+
+
+def unit_scale(site: Site) -> np.ndarray:
+    """Root mean square `[units]` of each unit's kernel; the site's own where a unit's is zero."""
+    kernel = fan_in_weights(site.producer)["kernel"]
+    rms = np.sqrt(np.mean(kernel.reshape(len(kernel), -1) ** 2, axis=1))
+    typical = rms[rms > 0].mean() if (rms > 0).any() else 1.0 / np.sqrt(kernel[0].size)
+    return np.where(rms > 0, rms, typical).astype("float32")
+
+
+def consumer_kernel(layer: Mixing, rows):
+    """Rows `[T, c, O]` of a consumer's kernel in the layer's layout `[..., c, O]`."""
+    kernel = layer.growable_variables()["kernel"]
+    spatial = kernel.shape[:-2]
+    return tf.reshape(rows, (*spatial, rows.shape[-2], kernel.shape[-1]))

@@ -1,0 +1,559 @@
+"""The growth oracle: every growth step is a trial of a `keras_tuner.Oracle`.
+
+    propose(model, data) -> trial RUNNING, Plan        what should change
+    record(trial, event) -> trial COMPLETED / INVALID  what it did
+    report(trial_id, logs)                             how the grown model did afterwards
+
+A strategy is one method, `propose_plan`; everything else here is bookkeeping. On disk a project
+looks as Keras Tuner users know it, every file replaced as a whole or not at all:
+
+    directory/project_name/oracle.json, widths.json, trial_0000/trial.json, ...
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import json
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import keras_tuner
+import numpy as np
+import tensorflow as tf
+from keras_tuner.engine.trial import Trial, TrialStatus
+
+from tfgrow.oracle.selection import Limits, matching_names, require_whole
+from tfgrow.types import Cost, GrowthEvent, Plan
+
+_LOSSES = ("loss", "val_loss", "default_objective")
+
+TUNER_ID = "tfgrow"
+"""Under which tuner id growth trials are created; one step is under way at a time."""
+
+EVENT_METRICS = ("estimated_change", "measured_change", "loss_before", "alpha", "newborn_alive")
+"""Figures of a `GrowthEvent` that become metrics of its trial under the same name."""
+
+
+class GrowthOracle(keras_tuner.Oracle, abc.ABC):
+    """Base of the oracles that decide where a model grows; subclasses write `propose_plan`.
+
+    A trial's `hyperparameters.values` hold what was proposed: the units after the step by site
+    name, and `tfgrow/grew`, `tfgrow/morphisms`, `tfgrow/edits`, `tfgrow/epoch`,
+    `tfgrow/parent` (the last completed step). Its metrics hold `estimated_change`,
+    `measured_change`, `params`, `flops`, the objective and whatever the logs contained.
+
+    Args:
+      objective: name of the metric that ranks the trials, a `keras_tuner.Objective`, or a list.
+      max_trials: most growth steps; None is unlimited.
+      max_params: most parameters (`model.count_params()`) the grown model may have.
+      max_flops: most inference FLOPs per sample it may need.
+      growth_per_step: a whole number is the most edits of one step; a fraction such as 0.25 is the
+        most parameters one step may add, relative to the parameters before it.
+      min_gain_per_param: a step stops choosing where the marginal gain (loss per sample) per
+        parameter falls under this.
+      round_to: widths of the sites that grow are brought to multiples of this.
+      include: site names, or regular expressions matching whole names, that may grow; None is all.
+      exclude: the same, for what may not.
+      seed: makes the proposals repeatable; None draws one from Python's `random`.
+      directory: where the project is kept. With neither `directory` nor `project_name` nothing
+        is written; with one of them the other has Keras Tuner's default.
+      project_name: name of the project's folder inside `directory`.
+      overwrite: False reloads the finished trials of an existing project, True deletes it.
+      **kwargs: what `keras_tuner.Oracle` takes besides.
+
+    Raises:
+      ValueError, TypeError: an argument that makes no sense; it names it and what is expected.
+
+    Example:
+
+    >>> import tfgrow.oracle.base as base
+    >>> from tfgrow.types import Cost, Plan
+    >>> class Never(base.GrowthOracle):
+    ...     def propose_plan(self, model, data, *, epoch=0):
+    ...         return Plan((), 0.0, Cost(), {}, {}, reason="I never grow")
+    >>> import keras
+    >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    >>> trial, plan = Never(max_params=100).propose(model, data=None)
+    >>> trial.status, plan.reason
+    ('IDLE', 'I never grow')
+    """
+
+    def __init__(
+        self,
+        objective: Any = "val_loss",
+        max_trials: int | None = None,
+        *,
+        max_params: int | None = None,
+        max_flops: int | None = None,
+        growth_per_step: int | float | None = None,
+        min_gain_per_param: float = 0.0,
+        round_to: int | None = None,
+        include: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None,
+        seed: int | None = None,
+        directory: str | os.PathLike | None = None,
+        project_name: str | None = None,
+        overwrite: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        require_whole("max_trials", max_trials)
+        require_whole("max_params", max_params)
+        require_whole("max_flops", max_flops)
+        require_whole("seed", seed, least=0)
+        super().__init__(objective=objective, max_trials=max_trials, seed=seed, **kwargs)
+        if seed is not None:  # Keras Tuner takes 0 for "no seed"
+            self.seed = self._seed_state = int(seed)
+        self.max_params = max_params
+        self.max_flops = max_flops
+        self.growth_per_step = _growth_per_step(growth_per_step)
+        # The constructor of Limits checks the values that no model is needed for.
+        self._limits = Limits(min_gain_per_param=min_gain_per_param, round_to=round_to)
+        self.include = _patterns("include", include)
+        self.exclude = _patterns("exclude", exclude)
+        self.verbose = 0  # the caller reports one line per step; set it to 1 for Keras Tuner's
+        self.widths: dict[str, int] = {}
+        self._proposal: dict[str, Any] | None = None
+        self._directory: str | None = None
+        self._project_name: str | None = None
+        if directory is not None or project_name is not None:
+            self.set_project(directory, project_name, overwrite=overwrite)
+
+    # ---- what a strategy writes -------------------------------------------------------------
+
+    @abc.abstractmethod
+    def propose_plan(self, model: Any, data: Any, *, epoch: int = 0) -> Plan:
+        """Decides what to change; the one method of a strategy.
+
+        It must not change the model. `self.limits(params, flops)` is what it may spend,
+        `self.site_names(names)` where, and `self.next_seed()` its randomness.
+
+        Args:
+          model: the live, built model.
+          data: what `propose` was given.
+          epoch: epochs completed.
+
+        Returns:
+          The plan; without candidates if nothing is worth doing, its `reason` saying why.
+        """
+
+    # ---- what a callback or a loop calls ----------------------------------------------------
+
+    def propose(self, model: Any, data: Any, epoch: int = 0, **context: Any) -> tuple[Trial, Plan]:
+        """Asks the strategy for a plan and opens its trial.
+
+        A step that was opened and never recorded is closed as INVALID first.
+
+        Args:
+          model: the live, built model.
+          data: passed on to `propose_plan`.
+          epoch: epochs completed.
+          **context: passed on to `propose_plan`.
+
+        Returns:
+          The trial and the plan. The status is RUNNING if there is something to do, IDLE if
+          nothing is worth doing now, STOPPED if `max_trials` or the budget is used up; `IDLE` and
+          `STOPPED` trials are not kept, and their plan's `reason` says why.
+
+        Raises:
+          ValueError: the model is over the budget already, or the plan is not finite.
+          TypeError: `propose_plan` did not return a `Plan`.
+        """
+        self.check_budget(model)
+        self._close_unfinished("no event was recorded for this step")
+        reason = self._why_stopped(model)
+        if reason:
+            return self._open(_nothing(reason), TrialStatus.STOPPED, epoch)
+        plan = self.propose_plan(model, data, epoch=epoch, **context)
+        _check_plan(plan, type(self).__name__)
+        return self._open(plan, TrialStatus.RUNNING if plan.candidates else TrialStatus.IDLE, epoch)
+
+    def record(
+        self, trial: Trial, event: GrowthEvent, logs: Mapping[str, Any] | None = None
+    ) -> GrowthEvent:
+        """Writes what a step did to its trial and ends it.
+
+        Until `logs` (here or in `report`) bring the objective, a loss objective is scored by the
+        held-out loss after the event.
+
+        Args:
+          trial: what `propose` returned.
+          event: what was done; status `"rejected"` ends the trial INVALID with the reason.
+          logs: figures of the epoch, if known; numbers are kept as metrics.
+
+        Returns:
+          The event with its `trial_id`; unchanged if the trial was IDLE or STOPPED.
+
+        Raises:
+          ValueError: a trial that is not under way here.
+        """
+        if trial.status in (TrialStatus.IDLE, TrialStatus.STOPPED):
+            return event
+        if trial not in self.ongoing_trials.values():
+            raise ValueError(
+                f"Trial {trial.trial_id!r} is {trial.status} and not under way in this oracle. "
+                "Record each trial once, before the next `propose`."
+            )
+        event = dataclasses.replace(event, trial_id=trial.trial_id)
+        metrics = {**_event_metrics(event), **self._numbers(logs)}
+        self.update_trial(trial.trial_id, metrics, step=event.epoch)
+        if event.status == "applied":
+            self.widths.update({name: int(after) for name, (_, after) in event.widths.items()})
+            trial.status = TrialStatus.COMPLETED
+        else:
+            trial.status = TrialStatus.INVALID
+            trial.message = event.reason or event.status
+        self.end_trial(trial)
+        if self._on_disk:
+            write_json(os.path.join(self._project_dir, "widths.json"), self.widths, indent=1)
+        return event
+
+    def report(self, trial_id: str, logs: Mapping[str, Any], epoch: int = 0) -> None:
+        """Adds what is known only after a step: later objectives, `newborn_alive`.
+
+        A completed trial is scored anew.
+
+        Args:
+          trial_id: a trial that was recorded.
+          logs: figures by name; what is not a finite number is left out.
+          epoch: epochs completed.
+        """
+        if trial_id not in self.trials:
+            raise ValueError(
+                f"No growth step has the trial id {trial_id!r}. Found: {sorted(self.trials)}."
+            )
+        metrics = self._numbers(logs)
+        if not metrics:
+            return
+        trial = self.update_trial(trial_id, metrics, step=epoch)
+        if trial.status == TrialStatus.COMPLETED:
+            self.score_trial(trial)
+        self._save_trial(trial)
+
+    def results_summary(self, num_trials: int = 10) -> None:
+        """Prints the last `num_trials` growth steps as a table, in the order they happened."""
+        ids = self.start_order
+        shown = [self.trials[trial_id] for trial_id in ids[max(0, len(ids) - num_trials) :]]
+        lines = [
+            "Results summary",
+            f"Results in {self._project_dir if self._on_disk else 'memory only'}",
+            f"Showing the last {len(shown)} of {len(ids)} growth steps",
+            str(self.objective),
+            *_table(shown, self.objective.name),
+        ]
+        print("\n".join(lines))
+
+    # ---- what a strategy is given -----------------------------------------------------------
+
+    def limits(self, params: int, flops: int | None = None) -> Limits:
+        """What one step may spend on a model that has `params` parameters and `flops` FLOPs.
+
+        Raises:
+          ValueError: `max_flops` is set and `flops` is not given.
+        """
+        if self.max_flops is not None and flops is None:
+            raise ValueError(f"max_flops={self.max_flops} needs the model's FLOPs per sample.")
+        spend = [math.inf if self.max_params is None else max(0, self.max_params - params)]
+        if isinstance(self.growth_per_step, float):
+            spend.append(int(self.growth_per_step * params))
+        return dataclasses.replace(
+            self._limits,
+            params=None if min(spend) == math.inf else int(min(spend)),
+            flops=None if self.max_flops is None else max(0, self.max_flops - int(flops or 0)),
+            edits=self.growth_per_step if isinstance(self.growth_per_step, int) else None,
+        )
+
+    def site_names(self, names: Sequence[str]) -> list[str]:
+        """Those of `names` that `include` and `exclude` leave.
+
+        Raises:
+          ValueError: a pattern that matches none of them.
+        """
+        return matching_names(names, self.include, self.exclude)
+
+    def next_seed(self) -> int:
+        """A new seed at each call, repeatable from `seed`, also after a reload."""
+        self._seed_state += 1
+        return self._seed_state
+
+    def check_budget(self, model: Any) -> None:
+        """Raises ValueError if the model has more than `max_params` parameters already."""
+        if self.max_params is None or model.count_params() <= self.max_params:
+            return
+        raise ValueError(
+            f"Model '{model.name}' has {model.count_params()} parameters, more than "
+            f"max_params={self.max_params}. Start from a smaller model or raise max_params."
+        )
+
+    # ---- the keras_tuner side ---------------------------------------------------------------
+
+    def populate_space(self, trial_id: str) -> dict[str, Any]:
+        """The values of the plan that is being proposed; IDLE when there is none."""
+        if self.max_trials and len(self.trials) >= self.max_trials:
+            return {"status": TrialStatus.STOPPED}
+        return self._proposal or {"status": TrialStatus.IDLE}
+
+    def score_trial(self, trial: Trial) -> None:
+        """Scores by the objective; before it is known, by the held-out loss, or ranks it last."""
+        if trial.metrics.exists(self.objective.name):
+            super().score_trial(trial)
+            return
+        after = (_last(trial, "loss_before"), _last(trial, "measured_change"))
+        known = self.objective.name in _LOSSES and None not in after
+        trial.score = sum(after) if known else self._worst_score
+
+    def get_best_trials(self, num_trials: int = 1) -> list[Trial]:
+        """The best trials; those without the objective come last."""
+        for trial in self.trials.values():
+            if trial.status == TrialStatus.COMPLETED and trial.score is None:
+                trial.score = self._worst_score
+        return super().get_best_trials(num_trials)
+
+    def get_state(self) -> dict[str, Any]:
+        """What `oracle.json` holds: Keras Tuner's state and the widths of the sites."""
+        state = super().get_state()
+        # A set has no order of its own; equal runs should write equal files.
+        state["tried_so_far"] = sorted(state["tried_so_far"])
+        return {**state, "widths": dict(self.widths)}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `get_state`; trials are reloaded from their own files."""
+        super().set_state(state)
+        self.widths = dict(state["widths"])
+
+    def set_project(
+        self,
+        directory: str | os.PathLike | None,
+        project_name: str | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        """Keeps the project in `directory/project_name` from now on.
+
+        An existing project is reloaded, or deleted if `overwrite`.
+        """
+        self._set_project_dir(os.fspath(directory or "."), project_name or "untitled_project")
+        if overwrite:
+            tf.io.gfile.rmtree(self._project_dir)
+        elif tf.io.gfile.exists(self._get_oracle_fname()):
+            print(f"Reloading Oracle from {self._get_oracle_fname()}")
+            self.reload()
+
+    def save(self) -> None:
+        """Writes `oracle.json`; nothing when the oracle has no directory."""
+        if self._on_disk:
+            write_json(self._get_oracle_fname(), self.get_state())
+
+    def reload(self) -> None:
+        """Reads the project's trials; a step that was cut off is closed as INVALID."""
+        super().reload()
+        # Keras Tuner would run unfinished trials again; the model they were meant for is gone.
+        # Trials whose file is younger than oracle.json are in none of its lists.
+        self._retry_queue = []
+        self.start_order += sorted(set(self.trials) - set(self.start_order))
+        for trial_id in self.start_order:
+            trial = self.trials[trial_id]
+            if trial.status == TrialStatus.RUNNING:
+                trial.status, trial.message = TrialStatus.INVALID, "the process ended in this step"
+                self._save_trial(trial)
+            if trial_id not in self.end_order:
+                self.end_order.append(trial_id)
+
+    def _save_trial(self, trial: Trial) -> None:
+        if not self._on_disk:
+            return
+        state = trial.get_state()
+        if state["score"] is not None and not math.isfinite(state["score"]):
+            state["score"] = None  # JSON has no infinity
+        write_json(os.path.join(self._get_trial_dir(trial.trial_id), "trial.json"), state)
+
+    def _retry(self, trial: Trial) -> bool:
+        # A rejected step is a result; and the model has moved on, so nothing can be run again.
+        return False
+
+    def _check_objective_found(self, metrics: Mapping[str, Any]) -> None:
+        """Accepts metrics without the objective: a step's own figures are known before it."""
+
+    # ---- inside -----------------------------------------------------------------------------
+
+    @property
+    def _on_disk(self) -> bool:
+        return self._directory is not None
+
+    @property
+    def _worst_score(self) -> float:
+        return -math.inf if self.objective.direction == "max" else math.inf
+
+    def _why_stopped(self, model: Any) -> str | None:
+        if self.max_trials and len(self.trials) >= self.max_trials:
+            return f"limit of {self.max_trials} growth steps reached"
+        if self.max_params is not None and model.count_params() >= self.max_params:
+            return f"budget of {self.max_params} parameters reached"
+        return None
+
+    def _open(self, plan: Plan, status: str, epoch: int) -> tuple[Trial, Plan]:
+        self._proposal = {"status": status, "values": _values(plan, epoch, self._last_completed())}
+        try:
+            return self.create_trial(TUNER_ID), plan
+        finally:
+            self._proposal = None
+
+    def _close_unfinished(self, message: str) -> None:
+        for trial in list(self.ongoing_trials.values()):
+            trial.status, trial.message = TrialStatus.INVALID, message
+            self.end_trial(trial)
+
+    def _last_completed(self) -> str:
+        done = [i for i in self.end_order if self.trials[i].status == TrialStatus.COMPLETED]
+        return done[-1] if done else ""
+
+    def _numbers(self, logs: Mapping[str, Any] | None) -> dict[str, float]:
+        numbers = {name: _as_number(value) for name, value in (logs or {}).items()}
+        found = {name: number for name, number in numbers.items() if number is not None}
+        if self.objective.has_value(found):
+            found[self.objective.name] = float(self.objective.get_value(found))
+        return found
+
+
+def write_json(path: str | os.PathLike, data: Any, indent: int | None = None) -> None:
+    """Writes JSON so that the file is replaced as a whole or stays as it was."""
+    path = os.fspath(path)
+    text = json.dumps(data, indent=indent)  # fails, if it does, before anything is touched
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with tf.io.gfile.GFile(temporary, "w") as file:
+            file.write(text)
+        tf.io.gfile.rename(temporary, path, overwrite=True)
+    except BaseException:
+        if tf.io.gfile.exists(temporary):
+            tf.io.gfile.remove(temporary)
+        raise
+
+
+def describe_widths(widths: Mapping[str, tuple[int, int]]) -> str:
+    """What changed, in words.
+
+    Example:
+
+    >>> describe_widths({"conv1": (4, 6), "conv2": (8, 8)})
+    'conv1 4->6'
+    """
+    return ", ".join(f"{n} {old}->{new}" for n, (old, new) in widths.items() if old != new)
+
+
+def _values(plan: Plan, epoch: int, parent: str) -> dict[str, Any]:
+    """A plan as the values of a trial: plain ints and strings."""
+    morphisms = sorted({_name(candidate.morphism) for candidate in plan.candidates})
+    return {
+        **{name: int(after) for name, (_, after) in plan.widths.items()},
+        "tfgrow/grew": describe_widths(plan.widths),
+        "tfgrow/morphisms": ", ".join(morphisms),
+        "tfgrow/edits": len(plan.candidates),
+        "tfgrow/epoch": int(epoch),
+        "tfgrow/parent": parent,
+    }
+
+
+def _event_metrics(event: GrowthEvent) -> dict[str, float]:
+    figures = {name: _as_number(getattr(event, name)) for name in EVENT_METRICS}
+    rejected = event.status != "applied"
+    figures |= {
+        "params_before": event.params_before,
+        "params": event.params_before if rejected else event.params_after,
+        "flops_before": event.flops_before,
+        "flops": event.flops_before if rejected else event.flops_after,
+        "seconds": sum(event.seconds.values()),
+    }
+    return {name: float(value) for name, value in figures.items() if value is not None}
+
+
+def _table(trials: Sequence[Trial], objective: str) -> list[str]:
+    """The trials as aligned text lines, headed."""
+    head = ("trial", "epoch", "status", "grew", "parameters", "estimated", "measured", objective)
+    rows = [head, *(_row(trial, objective) for trial in trials)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    notes = [f"{t.trial_id}: {t.message}" for t in trials if t.message]
+    return lines + notes
+
+
+def _row(trial: Trial, objective: str) -> tuple[str, ...]:
+    values = trial.hyperparameters.values
+
+    def figure(name: str, form: str, unknown: str = "-") -> str:
+        value = _last(trial, name)
+        return unknown if value is None else form.format(value)
+
+    return (
+        trial.trial_id,
+        str(values.get("tfgrow/epoch", "-")),
+        trial.status,
+        f"{values.get('tfgrow/grew', '-')} ({values.get('tfgrow/morphisms', '-')})",
+        figure("params_before", "{:.0f} -> ") + figure("params", "{:.0f}", unknown=""),
+        figure("estimated_change", "{:+.4f}"),
+        figure("measured_change", "{:+.4f}"),
+        figure(objective, "{:.4f}"),
+    )
+
+
+def _last(trial: Trial, metric: str) -> float | None:
+    return trial.metrics.get_last_value(metric) if trial.metrics.exists(metric) else None
+
+
+def _nothing(reason: str) -> Plan:
+    return Plan((), 0.0, Cost(), {}, {}, reason=reason)
+
+
+def _name(morphism: Any) -> str:
+    return morphism if isinstance(morphism, str) else morphism.name
+
+
+def _as_number(value: Any) -> float | None:
+    """The value as a finite float, else None."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _check_plan(plan: Any, strategy: str) -> None:
+    if not isinstance(plan, Plan):
+        raise TypeError(f"{strategy}.propose_plan must return a Plan. Found: {plan!r}")
+    if not math.isfinite(plan.estimated_change):
+        raise ValueError(
+            f"{strategy} estimated a change of {plan.estimated_change}. Check the estimation data "
+            "and the loss for NaN or overflow."
+        )
+
+
+def _growth_per_step(value: Any) -> int | float | None:
+    if value is None:
+        return None
+    if isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= 1:
+        return int(value)
+    if isinstance(value, (float, np.floating)) and math.isfinite(value) and value > 0:
+        return float(value)
+    raise ValueError(
+        "growth_per_step must be a whole number >= 1 (the most edits of one step), a positive "
+        f"float (the most added parameters relative to those before), or None. Found: {value!r}"
+    )
+
+
+def _patterns(name: str, value: str | Sequence[str] | None) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    patterns = (value,) if isinstance(value, str) else tuple(value)
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(
+                f"{name} takes site names or regular expressions as strings. Found: {pattern!r}"
+            )
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{name}={pattern!r} is no regular expression: {error}") from error
+    return patterns

@@ -1,0 +1,60 @@
+"""The data of one growth step: parts that have no sample in common.
+
+Theta overfits the batches it is learned on, so candidates are scored on others, and the chosen set
+is judged on yet others (method: cross-fitting).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from itertools import islice
+
+import tensorflow as tf
+
+from tfgrow.capture.batches import BATCH_SIZE, Batch, batches_of
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class GrowthData:
+    """Disjoint lists of batches to learn theta on, to score with, and to judge the result by."""
+
+    learn: list[Batch]
+    score: list[Batch]
+    held_out: list[Batch]
+
+
+def split_data(
+    dataset, learn: int, score: int, held_out: int, seed: int | None = None
+) -> GrowthData:
+    """Takes batches from one pass over a dataset and shares them out.
+
+    Args:
+      dataset: anything `model.fit` takes, with targets; it may be endless.
+      learn, score, held_out: batches wanted for each part. A shorter dataset is shared out in the
+        same proportions.
+      seed: shuffles arrays; a `tf.data.Dataset` keeps its own order.
+    """
+    wanted = (learn, score, held_out)
+    batches = list(islice(batches_of(dataset, BATCH_SIZE, seed), sum(wanted)))
+    if len(batches) < sum(wanted):
+        batches = _finer(batches, sum(wanted))
+    if len(batches) < 3:
+        raise ValueError(
+            f"The dataset has {len(batches)} samples; a growth step needs at least 3, and many "
+            "more to tell good edits from bad ones."
+        )
+    first = max(1, math.floor(len(batches) * learn / sum(wanted)))
+    last = max(1, math.floor(len(batches) * held_out / sum(wanted)))
+    return GrowthData(batches[:first], batches[first:-last], batches[-last:])
+
+
+def _finer(batches: list[Batch], pieces: int) -> list[Batch]:
+    """The same samples in about `pieces` batches of equal size."""
+    whole = tf.nest.map_structure(lambda *parts: tf.concat(parts, axis=0), *batches)
+    samples = int(whole[2].shape[0])
+    size = max(1, samples // pieces)
+    return [
+        tf.nest.map_structure(lambda part: part[start : start + size], whole)  # noqa: B023
+        for start in range(0, samples - size + 1, size)
+    ]

@@ -1,0 +1,190 @@
+"""GaussNewtonOracle: proposes the edits that the Gauss-Newton estimate likes best."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+
+from tfgrow.estimator import GaussNewtonEstimator
+from tfgrow.graph.cost import CostModel
+from tfgrow.graph.nodes import trace
+from tfgrow.graph.sites import sites_of
+from tfgrow.morphisms.base import Candidate
+from tfgrow.morphisms.registry import candidates as make_candidates
+from tfgrow.morphisms.registry import get
+from tfgrow.oracle.base import GrowthOracle
+from tfgrow.oracle.data import GrowthData, split_data
+from tfgrow.oracle.selection import Group, require_whole, select
+from tfgrow.types import Cost, Plan
+
+
+class GaussNewtonOracle(GrowthOracle):
+    """Proposes, at each growth step, the set of morphisms that lowers the loss most for its cost.
+
+    Every step makes the candidates of all sites, learns their parameters on a stream of batches,
+    scores them on batches they did not see, and picks a set by greedy selection on the interaction
+    matrix, within the budget (Lawton et al., arXiv 2411.05855; the joint selection is ours).
+
+    It is a `keras_tuner.Oracle`: each growth step is a trial in `directory/project_name`.
+
+    Args:
+      objective: name of the metric that ranks the trials.
+      morphisms: kinds of edits to consider.
+      curvature: see `GaussNewtonEstimator`.
+      new_units: single new units tried per site and step.
+      learn_steps: learning steps per growth step, one batch each.
+      score_batches: batches that candidates are scored on.
+      held_out_batches: batches on which a chosen set is judged before it is committed.
+      learning_rate: of theta, see `GaussNewtonEstimator.learn`.
+      growth_per_step: a fraction is the most parameters one step may add, relative to those the
+        model has; a whole number is the most edits.
+      **kwargs: budget (`max_params`, `max_flops`, `min_gain_per_param`, `round_to`), choice of
+        sites (`include`, `exclude`), `seed`, `directory`, `project_name`, `overwrite`,
+        `max_trials`: see `tfgrow.oracle.base.GrowthOracle`.
+
+    Example:
+
+    >>> import tfgrow
+    >>> oracle = tfgrow.GaussNewtonOracle(max_params=60_000, morphisms=("split", "add"), seed=1)
+    >>> oracle.max_params
+    60000
+    """
+
+    def __init__(
+        self,
+        objective: Any = "val_loss",
+        morphisms: Sequence[str] = ("split", "add"),
+        *,
+        curvature: str = "auto",
+        new_units: int = 4,
+        learn_steps: int = 16,
+        score_batches: int = 12,
+        held_out_batches: int = 8,
+        learning_rate: float = 0.1,
+        growth_per_step: int | float | None = 0.3,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(objective=objective, growth_per_step=growth_per_step, **kwargs)
+        self.morphisms = tuple([morphisms] if isinstance(morphisms, str) else morphisms)
+        for morphism in self.morphisms:
+            get(morphism)
+        if curvature not in ("auto", "exact", "sampled", "empirical"):
+            raise ValueError(
+                f"Unknown curvature {curvature!r}; expected 'auto', 'exact', 'sampled' or "
+                "'empirical'."
+            )
+        for name, value in (("new_units", new_units), ("learn_steps", learn_steps),
+                            ("score_batches", score_batches),
+                            ("held_out_batches", held_out_batches)):  # fmt: skip
+            require_whole(name, value)
+        self.curvature = curvature
+        self.new_units = new_units
+        self.learn_steps = learn_steps
+        self.score_batches = score_batches
+        self.held_out_batches = held_out_batches
+        self.learning_rate = learning_rate
+
+    def split(self, dataset) -> GrowthData:
+        """Disjoint batches of a dataset for one growth step."""
+        if isinstance(dataset, GrowthData):
+            return dataset
+        return split_data(
+            dataset,
+            self.learn_steps + 6,
+            self.score_batches,
+            self.held_out_batches,
+            seed=self.next_seed(),
+        )
+
+    def propose_plan(
+        self,
+        model: keras.Model,
+        data: Any,
+        *,
+        epoch: int = 0,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Plan:
+        """Learns, scores and selects; see the class. `data` is a dataset or a `GrowthData`."""
+        del epoch
+        clock = _Clock()
+        parts = self.split(data)
+        graph = trace(model)
+        sites = [site for site in sites_of(model, graph) if site.blocked is None]
+        costs = CostModel(graph, sites)
+        wanted = self.site_names([site.name for site in sites])
+        limits = self.limits(model.count_params(), costs.base.flops)
+        seed = self.next_seed()
+        candidates = make_candidates(model, self.morphisms, wanted, self.new_units, seed)
+        estimator = GaussNewtonEstimator(model, curvature=self.curvature, seed=seed)
+        clock.lap("prepare")
+        learned = estimator.learn(
+            candidates, parts.learn, self.learn_steps, self.learning_rate, progress
+        )
+        clock.lap("learn")
+        interaction = estimator.interaction(learned, parts.score)
+        clock.lap("score")
+        selection = select(
+            interaction,
+            groups=[_group(candidate) for candidate in learned],
+            widths={site.name: site.units for site in sites},
+            cost_of=lambda chosen: _joint_cost(costs, [learned[i] for i in chosen]),
+            limits=limits,
+            tie_break_seed=seed,
+        )
+        clock.lap("select")
+        chosen = tuple(learned[i] for i in selection.indices)
+        return Plan(
+            candidates=chosen,
+            estimated_change=selection.estimated_change,
+            cost=selection.cost,
+            widths=_widths(sites, chosen),
+            seconds=clock.seconds,
+            reason=selection.reason,
+        )
+
+    def estimate(self, model: keras.Model, candidates: Sequence[Candidate], batches) -> float:
+        """Joint estimate of some candidates on batches, for instance scaled down by the guard."""
+        estimator = GaussNewtonEstimator(model, curvature=self.curvature, seed=self.seed)
+        return estimator.joint_change(candidates, batches)
+
+
+class _Clock:
+    """Seconds per phase."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        now = time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
+        self._last = now
+
+
+def _group(candidate: Candidate) -> Group:
+    """Two edits of one old unit exclude each other; new units exclude nothing."""
+    old = candidate.morphism != "add"
+    return Group(
+        site=candidate.site.name,
+        excludes=candidate.unit if old else None,
+        cost_class=candidate.morphism,
+    )
+
+
+def _joint_cost(costs: CostModel, chosen: Sequence[Candidate]) -> Cost:
+    return costs.extra(_extra_units(chosen))
+
+
+def _extra_units(chosen: Sequence[Candidate]) -> dict[str, int]:
+    extra: dict[str, int] = {}
+    for candidate in chosen:
+        extra[candidate.site.name] = extra.get(candidate.site.name, 0) + 1
+    return extra
+
+
+def _widths(sites, chosen) -> dict[str, tuple[int, int]]:
+    units = {site.name: site.units for site in sites}
+    return {name: (units[name], units[name] + n) for name, n in _extra_units(chosen).items()}

@@ -1,0 +1,69 @@
+"""The guard: a chosen set is committed at a scale at which it really does not raise the loss."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import keras
+
+from tfgrow.growth import edits_of
+from tfgrow.morphisms.base import Candidate
+from tfgrow.morphisms.registry import get
+from tfgrow.surgery.apply import apply_edits, growth_transaction
+from tfgrow.types import LayerChange
+
+ALPHAS = (1.0, 0.5, 0.25, 0.125)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Outcome:
+    """What came of a chosen set.
+
+    Attributes:
+      alpha: the committed scale; 0 if none would do, and the model is as before.
+      candidates: the candidates at that scale.
+      changes: what was changed, by layer.
+      loss_before, loss_after: mean loss on the held-out batches.
+    """
+
+    alpha: float
+    candidates: tuple[Candidate, ...]
+    changes: tuple[LayerChange, ...]
+    loss_before: float
+    loss_after: float
+
+
+def commit(
+    model: keras.Model,
+    candidates: Sequence[Candidate],
+    loss_of: Callable[[keras.Model], float],
+    tolerance: float = 0.0,
+    alphas: Sequence[float] = ALPHAS,
+) -> Outcome:
+    """Applies a set at the largest scale that doesn't raise the held-out loss, or not at all.
+
+    Args:
+      model: the model to edit in place.
+      candidates: the set.
+      loss_of: the model's loss on held-out batches, by its real forward pass.
+      tolerance: by how much the loss may rise.
+      alphas: scales to try, in this order; at 0 every morphism preserves the function.
+
+    Returns:
+      The outcome. On any error the model is as before.
+    """
+    before = after = loss_of(model)
+    for alpha in alphas:
+        scaled = [_scaled(candidate, alpha) for candidate in candidates]
+        with growth_transaction(model) as attempt:
+            changes = apply_edits(model, edits_of(scaled))
+            after = loss_of(model)
+            if after <= before + tolerance:  # false for NaN too
+                return Outcome(alpha, tuple(scaled), tuple(changes), before, after)
+            attempt.rollback()
+    return Outcome(0.0, (), (), before, after)
+
+
+def _scaled(candidate: Candidate, alpha: float) -> Candidate:
+    return candidate if alpha == 1.0 else get(candidate.morphism).scaled(candidate, alpha)

@@ -1,0 +1,391 @@
+"""Which candidates to apply together: greedy selection on the interaction matrix.
+
+Estimated changes do not add up: candidates learned independently pull the same way, so the best
+ones by their individual scores overshoot when they are applied at once. Everything here therefore
+works on the joint quadratic `change(S) = sum_S linear + 1/2 sum_SS gram` (`types.Interaction`).
+
+Layout: `n` candidates; `slope = linear + gram @ chosen` `[n]` is the first-order change of each
+candidate *given what is chosen already*. It is updated at every pick instead of being recomputed,
+which makes a selection O(picks * n).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+
+import numpy as np
+
+from tfgrow.types import Cost, Interaction
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Where a candidate belongs.
+
+    Attributes:
+      site: name of its site.
+      excludes: candidates of one site with an equal key (two edits of the same unit) exclude each
+        other; None excludes nothing.
+      units: how many units the candidate adds to its site.
+      cost_class: candidates of one site with an equal class always cost the same, so the joint
+        cost is asked for once per class; None when nothing is known.
+    """
+
+    site: str
+    excludes: Hashable = None
+    units: int = 1
+    cost_class: Hashable = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What a selection may spend.
+
+    Attributes:
+      params: most parameters it may add; None is unlimited.
+      flops: most inference FLOPs per sample it may add; None is unlimited.
+      edits: most candidates it may choose; None is unlimited.
+      min_gain_per_param: choosing stops where the marginal gain (loss per sample) per parameter
+        (per FLOP when only `flops` is limited) falls under this.
+      round_to: the final width of every site it touches is a multiple of this; None or 1 is free.
+    """
+
+    params: int | None = None
+    flops: int | None = None
+    edits: int | None = None
+    min_gain_per_param: float = 0.0
+    round_to: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("params", 0), ("flops", 0), ("edits", 0), ("round_to", 1)):
+            require_whole(name, getattr(self, name), least)
+        gain = self.min_gain_per_param
+        if not isinstance(gain, (int, float)) or not (math.isfinite(gain) and gain >= 0):
+            raise ValueError(f"min_gain_per_param must be a finite number >= 0. Found: {gain!r}")
+
+    @property
+    def unit(self) -> str:
+        """What gains are divided by: `"params"`, or `"flops"` if only those are limited."""
+        return "flops" if self.params is None and self.flops is not None else "params"
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """A chosen set of candidates.
+
+    Attributes:
+      indices: the chosen candidates in the order they were picked.
+      estimated_change: joint estimate of the change of the mean loss (negative is better).
+      cost: joint extra cost of the set.
+      marginal_gains: `-` change each index brought when it was added; they sum to
+        `-estimated_change`. Inside a `round_to` bundle single ones may be negative.
+      reason: why choosing stopped, in words.
+    """
+
+    indices: tuple[int, ...]
+    estimated_change: float
+    cost: Cost
+    marginal_gains: tuple[float, ...]
+    reason: str
+
+
+def select(
+    interaction: Interaction,
+    *,
+    groups: Sequence[Group],
+    widths: Mapping[str, int],
+    cost_of: Callable[[tuple[int, ...]], Cost],
+    limits: Limits | None = None,
+    tie_break_seed: int = 0,
+) -> Selection:
+    """Picks candidates greedily by marginal gain per marginal cost.
+
+    Each step takes the candidate (with `round_to`: the bundle of candidates that brings one site
+    to its next multiple) with the largest gain per unit of cost among those that fit the limits
+    and lower the joint estimate. Candidates that cost nothing go first. Equal inputs give equal
+    selections.
+
+    Args:
+      interaction: the joint quadratic over the `n` candidates.
+      groups: per candidate, its site and what it excludes; length `n`.
+      widths: units of every site now.
+      cost_of: joint extra cost of a set of candidate indices (edits of neighbouring layers
+        multiply); called with the chosen indices plus the tried ones.
+      limits: the budget; unlimited by default.
+      tie_break_seed: orders exactly equal candidates.
+
+    Returns:
+      The selection, possibly empty; its `reason` says why it ends where it does.
+
+    Raises:
+      ValueError: shapes that do not fit, values that are not finite, a site without a width, or
+        `round_to` with candidates that add other than 0 or 1 unit.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from tfgrow.types import Cost, Interaction
+    >>> twins = Interaction(np.array([-1.0, -0.9, -0.3]), np.array(
+    ...     [[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.1]]))
+    >>> chosen = select(
+    ...     twins, groups=[Group("conv1", 0), Group("conv1", 1), Group("conv2", 0)],
+    ...     widths={"conv1": 4, "conv2": 4}, cost_of=lambda s: Cost(params=10 * len(s)))
+    >>> chosen.indices, round(chosen.estimated_change, 2), chosen.reason
+    ((0, 2), -0.75, 'no further candidate lowers the estimate')
+    """
+    limits = limits or Limits()
+    _check(interaction, groups, widths, limits)
+    search = _Search(interaction, groups, widths, cost_of, limits, tie_break_seed)
+    reason = None
+    while reason is None:
+        reason = search.step()
+    return Selection(
+        indices=tuple(search.chosen),
+        estimated_change=interaction.change(search.chosen),
+        cost=search.cost,
+        marginal_gains=tuple(search.gains),
+        reason=reason,
+    )
+
+
+@dataclasses.dataclass
+class _Options:
+    """What could be picked next: `m` bundles with their marginal change and cost, each `[m]`."""
+
+    members: list[tuple[int, ...]]
+    change: np.ndarray
+    params: np.ndarray
+    flops: np.ndarray
+    edits: np.ndarray
+
+
+class _Search:
+    """The running state of one greedy selection."""
+
+    def __init__(self, interaction, groups, widths, cost_of, limits, tie_break_seed):
+        linear = np.asarray(interaction.linear, dtype=np.float64)
+        gram = np.asarray(interaction.gram, dtype=np.float64)
+        self.gram = 0.5 * (gram + gram.T)  # what a quadratic form sees of a matrix
+        self.slope = linear.copy()
+        self.groups = groups
+        self.widths = dict(widths)
+        self.cost_of = cost_of
+        self.limits = limits
+        self.bundled = (limits.round_to or 1) > 1
+        self.priority = np.random.default_rng(tie_break_seed).permutation(len(groups))
+        self.available = np.ones(len(groups), dtype=bool)
+        self.exclusive = _exclusion_ids(groups)
+        self.by_site = _indices_by_site(groups)
+        self.chosen: list[int] = []
+        self.gains: list[float] = []
+        self.cost = Cost()
+
+    def step(self) -> str | None:
+        """Picks once; returns why it could not, or None."""
+        options = self._options()
+        if not options.members:
+            return self._why_no_options()
+        lowering = options.change < 0
+        if not lowering.any():
+            return f"no {'further ' if self.chosen else ''}candidate lowers the estimate"
+        fits = self._fits(options)
+        affordable = lowering & np.logical_and.reduce(list(fits.values()))
+        if not affordable.any():
+            return self._why_nothing_fits({name: ok[lowering] for name, ok in fits.items()})
+        best, ratio = self._best(options, affordable)
+        if ratio < self.limits.min_gain_per_param:
+            unit = "parameter" if self.limits.unit == "params" else "FLOP"
+            return f"marginal gain per {unit} fell under {self.limits.min_gain_per_param:g}"
+        self._take(options.members[best])
+        return None
+
+    def _options(self) -> _Options:
+        if self.bundled:
+            members, change = self._bundles()
+        else:
+            free = np.flatnonzero(self.available)
+            members = [(int(i),) for i in free]
+            change = self.slope[free] + 0.5 * np.diag(self.gram)[free]
+        params, flops = self._marginal_costs(members).T
+        return _Options(members, change, params, flops, np.array([len(m) for m in members]))
+
+    def _bundles(self) -> tuple[list[tuple[int, ...]], np.ndarray]:
+        """Per site the bundle that reaches its next multiple, and each widthless edit alone."""
+        members: list[tuple[int, ...]] = []
+        change: list[float] = []
+        for site, indices in self.by_site.items():
+            widening = [i for i in indices if self.groups[i].units]
+            tries = [self._grow_bundle(widening, -self.widths[site] % self.limits.round_to)]
+            if self.widths[site] % self.limits.round_to == 0:
+                tries = [self._grow_bundle(widening, self.limits.round_to)]
+                # An edit that adds no unit keeps a width that is a multiple already.
+                tries += [self._grow_bundle([i], 1) for i in indices if not self.groups[i].units]
+            for bundle, total in filter(None, tries):
+                members.append(bundle)
+                change.append(total)
+        return members, np.array(change)
+
+    def _grow_bundle(self, indices: list[int], size: int) -> tuple[tuple[int, ...], float] | None:
+        """The best `size` candidates of `indices` jointly, greedily; None if there are fewer."""
+        pool = np.array([i for i in indices if self.available[i]], dtype=int)
+        alone = 0.5 * np.diag(self.gram)[pool]
+        slope, taken, total = self.slope[pool], [], 0.0
+        free = np.ones(len(pool), dtype=bool)
+        while len(taken) < size:
+            if not free.any():
+                return None
+            change = np.where(free, slope + alone, np.inf)
+            pick = int(np.lexsort((self.priority[pool], change))[0])
+            taken.append(int(pool[pick]))
+            total += float(change[pick])
+            slope = slope + self.gram[pool, pool[pick]]
+            free &= self.exclusive[pool] != self.exclusive[pool[pick]]
+        return tuple(taken), total
+
+    def _marginal_costs(self, members: list[tuple[int, ...]]) -> np.ndarray:
+        """What each bundle adds to the cost of the chosen set: `[m, 2]` parameters and FLOPs."""
+        known: dict[Hashable, tuple[int, int]] = {}
+        extra = np.zeros((len(members), 2))
+        for row, bundle in enumerate(members):
+            key = self._cost_key(bundle)
+            if key not in known:
+                joint = self.cost_of((*self.chosen, *bundle))
+                known[key] = joint.params - self.cost.params, joint.flops - self.cost.flops
+            extra[row] = known[key]
+        return extra
+
+    def _cost_key(self, bundle: tuple[int, ...]) -> Hashable:
+        group = self.groups[bundle[0]]
+        if len(bundle) > 1 or group.cost_class is None:
+            return bundle
+        return group.site, group.cost_class
+
+    def _fits(self, options: _Options) -> dict[str, np.ndarray]:
+        """Per limit, which options stay within it."""
+        spent = {"params": self.cost.params, "flops": self.cost.flops, "edits": len(self.chosen)}
+        fits = {}
+        for name, used in spent.items():
+            limit = getattr(self.limits, name)
+            extra = getattr(options, name)
+            # What costs nothing is never in the way, even when the limit is zero.
+            fits[name] = (extra <= 0) | (used + extra <= (math.inf if limit is None else limit))
+        return fits
+
+    def _best(self, options: _Options, affordable: np.ndarray) -> tuple[int, float]:
+        gain = -options.change
+        cost = getattr(options, self.limits.unit)
+        ratio = np.divide(gain, cost, out=np.full(len(gain), np.inf), where=cost > 0)
+        first = np.array([self.priority[bundle[0]] for bundle in options.members])
+        order = np.lexsort((first, -gain, -np.where(affordable, ratio, -np.inf)))
+        return int(order[0]), float(ratio[order[0]])
+
+    def _take(self, bundle: tuple[int, ...]) -> None:
+        self.cost = self.cost_of((*self.chosen, *bundle))
+        for i in bundle:
+            self.gains.append(-float(self.slope[i] + 0.5 * self.gram[i, i]))
+            self.slope += self.gram[:, i]
+            self.chosen.append(i)
+            self.available &= self.exclusive != self.exclusive[i]
+            self.widths[self.groups[i].site] += self.groups[i].units
+
+    def _why_no_options(self) -> str:
+        if not len(self.groups):
+            return "there is no candidate"
+        if self.bundled and self.available.any():
+            return f"no site has the candidates to reach a multiple of {self.limits.round_to}"
+        return "every candidate is chosen or excluded by a chosen one"
+
+    def _why_nothing_fits(self, fits: Mapping[str, np.ndarray]) -> str:
+        words = {
+            "params": f"budget of {self.limits.params} extra parameters reached",
+            "flops": f"budget of {self.limits.flops} extra FLOPs reached",
+            "edits": f"limit of {self.limits.edits} edits reached",
+        }
+        blocking = [name for name, ok in fits.items() if not ok.any()]
+        return " and ".join(words[name] for name in blocking or fits if not fits[name].all())
+
+
+def matching_names(
+    names: Iterable[str],
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+) -> list[str]:
+    """The names that `include` / `exclude` leave, in their order.
+
+    Args:
+      names: names of the model's sites or layers.
+      include: names or regular expressions that must match a whole name; None takes all.
+      exclude: the same, for what to leave out.
+
+    Raises:
+      ValueError: a pattern that matches none of the names.
+
+    Example:
+
+    >>> matching_names(["conv1", "conv2", "dense"], include=["conv.*"], exclude=["conv1"])
+    ['conv2']
+    """
+    names = list(names)
+    unmatched = [p for p in (*(include or ()), *(exclude or ())) if not _any_match([p], names)]
+    if unmatched:
+        raise ValueError(
+            f"include/exclude name sites that the model does not have: {unmatched}. "
+            f"Found: {names}. Give their names, or regular expressions that match whole names "
+            "('conv.*')."
+        )
+    kept = names if include is None else [n for n in names if _any_match(include, [n])]
+    return [n for n in kept if not _any_match(exclude or (), [n])]
+
+
+def _any_match(patterns: Sequence[str], names: Sequence[str]) -> bool:
+    return any(p == n or re.fullmatch(p, n) for p in patterns for n in names)
+
+
+def _exclusion_ids(groups: Sequence[Group]) -> np.ndarray:
+    """An int `[n]`, equal where candidates exclude each other."""
+    ids: dict[Hashable, int] = {}
+    keys = [(g.site, i if g.excludes is None else (g.excludes,)) for i, g in enumerate(groups)]
+    return np.array([ids.setdefault(key, len(ids)) for key in keys], dtype=int)
+
+
+def _indices_by_site(groups: Sequence[Group]) -> dict[str, list[int]]:
+    by_site: dict[str, list[int]] = {}
+    for i, group in enumerate(groups):
+        by_site.setdefault(group.site, []).append(i)
+    return by_site
+
+
+def require_whole(name: str, value: object, least: int = 1) -> None:
+    """Raises ValueError unless `value` is None or a whole number of at least `least`."""
+    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if value is not None and not (whole and value >= least):  # type: ignore[operator]
+        raise ValueError(f"{name} must be None or a whole number >= {least}. Found: {value!r}")
+
+
+def _check(interaction, groups, widths, limits) -> None:
+    count = len(groups)
+    shapes = np.shape(interaction.linear), np.shape(interaction.gram)
+    if shapes != ((count,), (count, count)):
+        raise ValueError(
+            f"{count} candidates need an interaction of shapes ({count},) and ({count}, {count}). "
+            f"Found: {shapes[0]} and {shapes[1]}."
+        )
+    finite = np.isfinite(interaction.linear) & np.isfinite(interaction.gram).all(axis=1)
+    if not finite.all():
+        bad = sorted({groups[i].site for i in np.flatnonzero(~finite)})
+        raise ValueError(
+            f"The estimates of {int((~finite).sum())} of {count} candidates are not finite "
+            f"(sites {bad}). Check the estimation data and the loss for NaN or overflow."
+        )
+    missing = sorted({g.site for g in groups} - set(widths))
+    if missing:
+        raise ValueError(f"No width given for the sites {missing}. Found: {sorted(widths)}.")
+    odd = sorted({g.site for g in groups if g.units not in (0, 1)})
+    if odd and (limits.round_to or 1) > 1:
+        raise ValueError(
+            f"round_to={limits.round_to} needs candidates that add 0 or 1 unit each; those of the "
+            f"sites {odd} add others. Give single-unit candidates, or leave round_to out."
+        )

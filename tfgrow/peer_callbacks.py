@@ -1,0 +1,47 @@
+"""What growth does to the callbacks beside it: weights they keep must fit the grown model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import keras
+import numpy as np
+
+from tfgrow.surgery.weights import inherited
+from tfgrow.types import LayerChange
+
+
+def carry_over(
+    peers: Iterable[keras.callbacks.Callback], model: keras.Model, changes: Sequence[LayerChange]
+) -> None:
+    """Widens the best weights that `EarlyStopping` keeps, so that they compute what they did.
+
+    Any other callback that keeps weights can follow too: if it has a method
+    `on_model_grown(changes)`, that is called with the layer changes.
+    """
+    if not changes:
+        return
+    for peer in peers:
+        if isinstance(peer, keras.callbacks.EarlyStopping) and peer.best_weights is not None:
+            peer.best_weights = widen_weights(model, peer.best_weights, changes)
+        follow = getattr(peer, "on_model_grown", None)
+        if follow is not None:
+            follow(changes)
+
+
+def widen_weights(
+    model: keras.Model, weights: Sequence[np.ndarray], changes: Sequence[LayerChange]
+) -> list[np.ndarray]:
+    """Weights as from `model.get_weights()` before it grew, widened to its present shape.
+
+    The function they computed is unchanged.
+    """
+    by_variable = {
+        id(getattr(change.layer, name)): variable_change
+        for change in changes
+        for name, variable_change in change.variables.items()
+    }
+    return [
+        inherited(by_variable[id(variable)], old) if id(variable) in by_variable else old
+        for variable, old in zip(model.weights, weights, strict=True)
+    ]

@@ -1,0 +1,239 @@
+"""What an optimizer remembers of each weight, carried over to the weight's new shape.
+
+Every slot array follows its weight's `AxisSource`s, axis by axis: an entry inherits its source's,
+scaled as its kind of slot scales with the gradient, and a newborn entry starts neutral. Weights,
+slots, iterations, learning rate, loss scale and the optimizer itself stay the same objects.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable, Iterator, Mapping
+
+import keras
+import numpy as np
+
+from tfgrow.surgery import rebuild
+from tfgrow.types import NEWBORN, AxisSource
+
+
+class SlotKind(enum.Enum):
+    """How a slot scales when the gradient of its weight is multiplied by s, and how it is born.
+
+    Newborns of squares and magnitudes get the mean over the inherited entries of their axis: at
+    zero they would make the first steps of a newborn many times too long.
+    """
+
+    GRADIENT = "gradient"  # x s; newborn 0
+    SQUARED_GRADIENT = "squared_gradient"  # x s^2; newborn the mean
+    MAGNITUDE = "magnitude"  # x |s|; newborn the mean
+    SQUARED_STEP = "squared_step"  # steps already divided by the gradient's size: x 1; the mean
+    WEIGHT = "weight"  # an average of weights: its distance to the weight follows value_scale
+
+
+_EXPONENT = {
+    SlotKind.SQUARED_GRADIENT: 2,
+    SlotKind.MAGNITUDE: 1,
+    SlotKind.SQUARED_STEP: 0,
+}
+_MOMENTS = {"_momentums": SlotKind.GRADIENT, "_velocities": SlotKind.SQUARED_GRADIENT}
+
+_SLOTS: dict[type, dict[str, SlotKind]] = {
+    keras.optimizers.SGD: {"momentums": SlotKind.GRADIENT},
+    keras.optimizers.Adam: {**_MOMENTS, "_velocity_hats": SlotKind.SQUARED_GRADIENT},
+    keras.optimizers.AdamW: {**_MOMENTS, "_velocity_hats": SlotKind.SQUARED_GRADIENT},
+    keras.optimizers.Nadam: _MOMENTS,
+    keras.optimizers.Lamb: _MOMENTS,
+    keras.optimizers.Adamax: {"_m": SlotKind.GRADIENT, "_u": SlotKind.MAGNITUDE},
+    keras.optimizers.RMSprop: {**_MOMENTS, "_average_gradients": SlotKind.GRADIENT},
+    keras.optimizers.Adagrad: {"_accumulators": SlotKind.SQUARED_GRADIENT},
+    keras.optimizers.Adadelta: {
+        "_accumulated_grads": SlotKind.SQUARED_GRADIENT,
+        "_accumulated_delta_vars": SlotKind.SQUARED_STEP,
+    },
+    keras.optimizers.Lion: {"_momentums": SlotKind.GRADIENT},
+}
+# What every optimizer can have besides: gradient accumulation and moving averages of weights.
+_COMMON = {
+    "_accumulated_gradients": SlotKind.GRADIENT,
+    "_model_variables_moving_average": SlotKind.WEIGHT,
+}
+
+
+def register_slots(
+    optimizer_class: type[keras.optimizers.Optimizer], slots: Mapping[str, SlotKind | str]
+) -> None:
+    """Teaches surgery the slots of an optimizer class, and of its subclasses.
+
+    Args:
+      optimizer_class: a subclass of `keras.optimizers.Optimizer`.
+      slots: attribute that lists slot variables, one per trainable weight -> their kind, a
+        `SlotKind` or its value. The moving averages and gradient accumulators that any optimizer
+        can have are known.
+
+    Raises:
+      TypeError: `optimizer_class` is not an optimizer class.
+      ValueError: a kind is unknown.
+
+    Example:
+
+    >>> import keras
+    >>> from tfgrow.surgery.optimizer import register_slots
+    >>> class Signum(keras.optimizers.Lion):
+    ...     pass
+    >>> register_slots(Signum, {"_momentums": "gradient"})
+    """
+    base = keras.optimizers.Optimizer
+    if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, base)):
+        raise TypeError(
+            f"Expected a subclass of keras.optimizers.Optimizer. Found {optimizer_class!r}."
+        )
+    _SLOTS[optimizer_class] = {name: SlotKind(kind) for name, kind in slots.items()}
+
+
+def check_optimizer(model: keras.Model) -> None:
+    """Raises ValueError if slots of the model's optimizer can't be carried over; touches nothing.
+
+    A model without optimizer, and an optimizer that is not built yet, are fine.
+    """
+    for optimizer in _built_optimizers(model):
+        _slot_lists(optimizer)
+
+
+def grow_optimizer(model: keras.Model, replaced: Iterable[rebuild.Replacement]) -> None:
+    """Lets the slots of a model's optimizer follow its edited weights, in place.
+
+    Args:
+      model: the model after the edit. An optimizer that is not built yet is left so.
+      replaced: what `tfgrow.surgery.rebuild.apply_changes` returned.
+
+    Raises:
+      ValueError: the optimizer's slots are unknown: check with `check_optimizer` before the edit.
+
+    Example:
+
+    >>> import keras, numpy as np
+    >>> from tfgrow.surgery import optimizer, rebuild
+    >>> from tfgrow.types import LayerChange, VariableChange
+    >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    >>> model.compile("adam", "mse")
+    >>> change = LayerChange(model.layers[0], {}, {"bias": VariableChange(np.ones(1))})
+    >>> optimizer.check_optimizer(model)
+    >>> optimizer.grow_optimizer(model, rebuild.apply_changes(model, [change]))
+    """
+    replaced = list(replaced)
+    for optimizer in _built_optimizers(model):
+        positions = {
+            id(weight): index for index, weight in enumerate(rebuild.optimizer_weights(optimizer))
+        }
+        for kind, slots in _slot_lists(optimizer):
+            for replacement in replaced:
+                index = positions.get(id(replacement.variable))
+                slot = None if index is None else slots[index]
+                if slot is not None:
+                    rebuild.set_value(model, slot, map_slot(slot.numpy(), kind, replacement))
+        rebuild.rekey_optimizer(optimizer)
+
+
+def map_slot(slot: np.ndarray, kind: SlotKind, replacement: rebuild.Replacement) -> np.ndarray:
+    """The slot of an edited weight.
+
+    Args:
+      slot: the slot of the weight before, of the old shape.
+      kind: how it scales.
+      replacement: the weight's edit.
+
+    Returns:
+      Float64 array of the weight's new shape.
+    """
+    sources = replacement.change.sources
+    slot = np.asarray(slot, dtype=np.float64)
+    if kind is SlotKind.WEIGHT:
+        distance = slot - np.asarray(replacement.old, dtype=np.float64)
+        for source in sources:
+            distance = _inherit(distance, source, source.value_scale, calibrated=False)
+        return np.asarray(replacement.change.value, dtype=np.float64) + distance
+    for source in sources:
+        scale = np.asarray(source.gradient_scale, dtype=np.float64)
+        if kind is not SlotKind.GRADIENT:
+            scale = np.abs(scale) ** _EXPONENT[kind]
+        slot = _inherit(slot, source, scale, calibrated=kind is not SlotKind.GRADIENT)
+    return slot
+
+
+def _inherit(
+    values: np.ndarray, source: AxisSource, scale: np.ndarray, calibrated: bool
+) -> np.ndarray:
+    """Entries gathered and scaled along one axis; newborns get 0, or the mean of the inherited."""
+    parents = np.asarray(source.source)
+    inherited = parents != NEWBORN
+    along = [1] * values.ndim
+    along[source.axis] = len(parents)
+    grown = np.take(values, np.maximum(parents, 0), axis=source.axis) * np.reshape(scale, along)
+    grown = np.where(np.reshape(inherited, along), grown, 0.0)
+    if calibrated and not inherited.all():
+        known = np.compress(inherited, grown, axis=source.axis) if inherited.any() else values
+        mean = known.mean(axis=source.axis, keepdims=True)
+        grown = np.where(np.reshape(inherited, along), grown, mean)
+    return grown
+
+
+def _built_optimizers(model: keras.Model) -> Iterator[keras.optimizers.Optimizer]:
+    """The built optimizers of the model and of models compiled inside it, wrappers included."""
+    seen: set[int] = set()
+    for inner in rebuild.inner_models(model):
+        optimizer = getattr(inner, "optimizer", None)
+        while isinstance(optimizer, keras.optimizers.Optimizer) and id(optimizer) not in seen:
+            seen.add(id(optimizer))
+            if optimizer.built:
+                yield optimizer
+            optimizer = getattr(optimizer, "inner_optimizer", None)
+
+
+def _slot_lists(
+    optimizer: keras.optimizers.Optimizer,
+) -> list[tuple[SlotKind, list[keras.Variable | None]]]:
+    """The optimizer's slots by kind, one per weight; ValueError if it has any we don't know."""
+    known = _slot_kinds(optimizer)
+    lists = [
+        (kind, list(slots))
+        for name, kind in known.items()
+        if (slots := getattr(optimizer, name, None))
+    ]
+    weights = rebuild.optimizer_weights(optimizer)
+    if any(len(slots) != len(weights) for _, slots in lists):
+        raise ValueError(
+            f"Optimizer '{optimizer.name}' ({type(optimizer).__name__}) has slot lists of lengths "
+            f"{[len(slots) for _, slots in lists]} for {len(weights)} weights; expected one slot "
+            "(or None) per weight in each list."
+        )
+    ours = {id(slot) for _, slots in lists for slot in slots}
+    inner = getattr(optimizer, "inner_optimizer", None)
+    ours.update(id(variable) for variable in (inner.variables if inner is not None else ()))
+    unknown = [
+        variable.name
+        for variable in optimizer.variables
+        if variable.shape.rank and id(variable) not in ours
+    ]
+    if unknown:
+        raise ValueError(
+            f"Optimizer '{optimizer.name}' ({type(optimizer).__name__}) has variables that surgery "
+            f"does not know: {unknown[:3]}, {len(unknown)} in all. Name the attributes that list "
+            "them: tfgrow.surgery.optimizer.register_slots("
+            f"{type(optimizer).__name__}, {{attribute: kind}})."
+        )
+    return lists
+
+
+def _slot_kinds(optimizer: keras.optimizers.Optimizer) -> dict[str, SlotKind]:
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        return {}
+    for ancestor in type(optimizer).__mro__:
+        if ancestor in _SLOTS:
+            return {**_SLOTS[ancestor], **_COMMON}
+    raise ValueError(
+        f"Surgery does not know the slots of optimizer '{optimizer.name}' "
+        f"({type(optimizer).__name__}). It knows {sorted(known.__name__ for known in _SLOTS)}, "
+        "their subclasses and LossScaleOptimizer. Teach it another: "
+        f"tfgrow.surgery.optimizer.register_slots({type(optimizer).__name__}, {{attribute: kind}})."
+    )

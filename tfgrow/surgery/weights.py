@@ -1,0 +1,212 @@
+"""Width edits as new values of variables: pure, nothing is touched.
+
+Edits of neighbouring sites meet in one kernel, as producer of the one and consumer of the other.
+The output side is built first, in the old input channels; the input side then widens all of it, so
+that a split's deviation theta is inherited by the halves of a split input channel as weights are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from tfgrow.graph.sites import Leaf, Step, channel_maps
+from tfgrow.types import NEWBORN, AxisSource, LayerChange, NewUnit, VariableChange, WidthEdit
+
+
+def merge_edits(edits: Sequence[WidthEdit]) -> list[WidthEdit]:
+    """One edit per site.
+
+    Raises:
+      ValueError: if two edits change the same unit.
+    """
+    merged: dict[str, WidthEdit] = {}
+    for edit in edits:
+        known = merged.get(edit.site.name)
+        if known is None:
+            merged[edit.site.name] = edit
+            continue
+        twice = sorted(set(known.replaced) & set(edit.replaced))
+        if twice:
+            raise ValueError(
+                f"Unit {twice[0]} of site '{edit.site.name}' is edited twice at once; choose one "
+                "of its candidates."
+            )
+        merged[edit.site.name] = WidthEdit(
+            edit.site, {**known.replaced, **edit.replaced}, (*known.appended, *edit.appended)
+        )
+    return list(merged.values())
+
+
+def layer_changes(edits: Sequence[WidthEdit]) -> list[LayerChange]:
+    """What a set of width edits does to every layer it reaches."""
+    work: dict[int, _LayerWork] = {}
+    merged = merge_edits(edits)
+    for edit in merged:
+        producer = _work(work, edit.site.producer)
+        producer.attributes[edit.site.producer.units_attribute] = new_width(edit)
+        producer.widen_outputs(edit)
+        for number, step in enumerate(edit.site.steps):
+            if getattr(step.layer, "variable_axes", None):
+                _work(work, step.layer).widen_channels(edit, number, step)
+    for edit in merged:
+        reads = [(leaf, node) for leaf in edit.site.leaves for node in leaf.consumers]
+        for consumer, (leaf, node) in enumerate(reads):
+            _work(work, node.operation).widen_inputs(edit, leaf, consumer)
+    return [item.change() for item in work.values()]
+
+
+def new_width(edit: WidthEdit) -> int:
+    return edit.site.units + len(edit.appended)
+
+
+def _work(work: dict, layer) -> _LayerWork:
+    return work.setdefault(id(layer), _LayerWork(layer))
+
+
+def _units(edit: WidthEdit) -> list[NewUnit | int]:
+    """Per new unit: what it is, or the index of the old unit that stays as it is."""
+    kept = [edit.replaced.get(unit, unit) for unit in range(edit.site.units)]
+    return [*kept, *edit.appended]
+
+
+class _LayerWork:
+    """A layer's variables on their way to their new values."""
+
+    def __init__(self, layer):
+        self.layer = layer
+        self.attributes: dict[str, Any] = {}
+        self.values = {
+            name: np.asarray(variable, dtype="float32")
+            for name, variable in layer.growable_variables().items()
+        }
+        self.sources: dict[str, list[AxisSource]] = {name: [] for name in self.values}
+
+    def change(self) -> LayerChange:
+        return LayerChange(
+            self.layer,
+            self.attributes,
+            {
+                name: VariableChange(value, tuple(self.sources[name]))
+                for name, value in self.values.items()
+                if self.sources[name]
+            },
+        )
+
+    def widen_outputs(self, edit: WidthEdit) -> None:
+        units = _units(edit)
+        source = _source(units)
+        for name in self.values:
+            axis = self.layer.variable_axes[name].fan_out
+            if axis is None:
+                continue
+            old = np.moveaxis(self.values[name], axis, 0)
+            new = [old[u] if isinstance(u, int) else u.fan_in[name] for u in units]
+            self._put(name, axis, np.stack(new), source, _ones(units), _gradient_scales(units))
+
+    def widen_channels(self, edit: WidthEdit, number: int, step: Step) -> None:
+        units = _units(edit)
+        for name in self.values:
+            axis = self.layer.variable_axes[name].channel
+            if axis is None:
+                continue
+            old = np.moveaxis(self.values[name], axis, 0)
+            grown = channel_maps(edit.site, len(units))[step.source]
+            new = np.empty((grown.size, *old.shape[1:]), dtype="float32")
+            source = np.empty(grown.size, dtype=np.int64)
+            scale = np.empty(grown.size)
+            for row, unit in enumerate(units):
+                where = grown.index[row]
+                parent = unit if isinstance(unit, int) else unit.source
+                known = step.incoming.index[parent] if parent != NEWBORN else NEWBORN
+                source[where] = known
+                scale[where] = 1.0 if isinstance(unit, int) else unit.gradient_scale
+                if isinstance(unit, int):
+                    new[where] = old[known]
+                else:
+                    new[where] = np.moveaxis(unit.path[number][name], axis, 0)
+            self._put(name, axis, new, source, np.ones(grown.size), scale)
+
+    def widen_inputs(self, edit: WidthEdit, leaf: Leaf, consumer: int) -> None:
+        units = _units(edit)
+        for name in self.values:
+            axis = self.layer.variable_axes[name].fan_in
+            if axis is None:
+                continue
+            old = np.moveaxis(self.values[name], axis, 0)
+            grown = channel_maps(edit.site, len(units))[leaf.tensor]
+            new = np.zeros((grown.size, *old.shape[1:]), dtype="float32")
+            source = np.full(grown.size, NEWBORN, dtype=np.int64)
+            share = np.ones(grown.size)
+            for row, unit in enumerate(units):
+                where = grown.index[row]
+                parent = unit if isinstance(unit, int) else unit.source
+                if parent == NEWBORN:
+                    rows = self._newborn_rows(unit.fan_out[consumer], name, axis)
+                    new[where] = rows
+                    continue
+                known = leaf.channels.index[parent]
+                source[where] = known
+                share[where] = 1.0 if isinstance(unit, int) else unit.fan_out[consumer]
+                new[where] = old[known] * share[where[0]]
+            ones = np.ones(grown.size)
+            self._put(name, axis, new, source, share, ones, newborn_zero=True)
+
+    def _newborn_rows(self, rows: np.ndarray, name: str, axis: int) -> np.ndarray:
+        """`[T, B, O]` of a new unit as `[B, ...]`, in the layout of the kernel behind `axis`.
+
+        The rows know the outputs the layer had; outputs that are new descend from old ones, whose
+        weights they take over, or from none, and then start at zero.
+        """
+        value = self.values[name]
+        out_axis = self.layer.variable_axes[name].fan_out % value.ndim
+        outputs = next(
+            (s.source for s in self.sources[name] if s.axis == out_axis), np.arange(rows.shape[2])
+        )
+        inherited = np.where(outputs == NEWBORN, 0.0, rows[:, :, outputs])
+        spatial = [n for a, n in enumerate(value.shape) if a not in (axis % value.ndim, out_axis)]
+        blocks = np.moveaxis(inherited, 1, 0)
+        return blocks.reshape(len(blocks), *spatial, value.shape[out_axis])
+
+    def _put(self, name, axis, new, source, value_scale, gradient_scale, newborn_zero=False):
+        ndim = self.values[name].ndim
+        self.values[name] = np.ascontiguousarray(np.moveaxis(new, 0, axis)).astype("float32")
+        self.sources[name].append(
+            AxisSource(axis % ndim, source, value_scale, gradient_scale, newborn_zero)
+        )
+
+
+def _source(units) -> np.ndarray:
+    return np.array([unit if isinstance(unit, int) else unit.source for unit in units])
+
+
+def _ones(units) -> np.ndarray:
+    return np.ones(len(units))
+
+
+def _gradient_scales(units) -> np.ndarray:
+    return np.array([1.0 if isinstance(unit, int) else unit.gradient_scale for unit in units])
+
+
+def inherited(change: VariableChange, old: np.ndarray) -> np.ndarray:
+    """Another set of the variable's old values, such as the best weights so far, widened.
+
+    The function those weights computed is unchanged: children take their parent's values without
+    theta, and newborn units have no say.
+    """
+    value = np.asarray(old, dtype="float32")
+    for source in change.sources:
+        known = source.source != NEWBORN
+        shape = [-1 if axis == source.axis else 1 for axis in range(value.ndim)]
+        taken = np.take(value, np.where(known, source.source, 0), axis=source.axis)
+        taken = taken * source.value_scale.reshape(shape)
+        value = np.where(known.reshape(shape), taken, 0.0)
+    for source in change.sources:
+        if not source.newborn_zero:
+            shape = [-1 if axis == source.axis else 1 for axis in range(value.ndim)]
+            value = np.where((source.source == NEWBORN).reshape(shape), change.value, value)
+    return value.astype(np.asarray(old).dtype)
+
+

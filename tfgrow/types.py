@@ -1,0 +1,240 @@
+"""The values that flow through tfgrow, each frozen: read this file first.
+
+    model -graph-> Site -morphisms-> Candidate -oracle-> Plan -surgery-> GrowthEvent
+
+Words and letters used everywhere:
+
+* `N` samples of a batch, `K` curvature columns, `P` output positions of a consumer (1 for
+  Dense on vectors, H*W for a 2-D convolution), `T` taps of its kernel (1 for Dense, kh*kw for
+  Conv2D), `B` blocks (how many consumer inputs one channel feeds per position: H*W after a
+  Flatten, else 1), `n` candidates, `O` outputs of a consumer.
+* A *unit* is one output channel of a producer (a Dense unit, a convolution's filter).
+* Channels are the last axis of every activation (`data_format="channels_last"`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+NEWBORN = -1
+"""Source index of a unit that descends from no unit of the old layer."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ChannelMap:
+    """Where the channels of a site lie on the last axis of some tensor.
+
+    Attributes:
+      index: int array `[units, blocks]`; `index[c, b]` is the position on that axis of block `b`
+        of channel `c`.
+      size: length of that axis.
+    """
+
+    index: np.ndarray
+    size: int
+
+    @classmethod
+    def identity(cls, units: int) -> ChannelMap:
+        """The map of a tensor whose last axis is the channels themselves."""
+        return cls(np.arange(units)[:, None], units)
+
+    @property
+    def units(self) -> int:
+        return self.index.shape[0]
+
+    @property
+    def blocks(self) -> int:
+        return self.index.shape[1]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class AxisSource:
+    """How the entries of one resized axis descend from the entries it had before.
+
+    Attributes:
+      axis: non-negative axis of the variable.
+      source: int array `[new_size]`, the old entry each new one descends from, or `NEWBORN`.
+      value_scale: float array `[new_size]`, how a weight-like quantity (a moving average of
+        weights) is inherited: 1, or 1/2 for a half of a split outgoing weight.
+      gradient_scale: float array `[new_size]`, the loss gradient with respect to the new entry
+        divided by the one with respect to its source: how optimizer moments are inherited.
+      newborn_zero: whether newborn entries are zero in the function-preserving image of other
+        weights (outgoing weights of new units); else they take the value given with the change.
+    """
+
+    axis: int
+    source: np.ndarray
+    value_scale: np.ndarray
+    gradient_scale: np.ndarray
+    newborn_zero: bool = False
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class VariableChange:
+    """The new value of one variable, and how its entries descend from the old ones."""
+
+    value: np.ndarray
+    sources: tuple[AxisSource, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LayerChange:
+    """Everything surgery does to one layer.
+
+    Attributes:
+      layer: the live Keras layer.
+      attributes: config attributes to set, e.g. `{"filters": 12}`.
+      variables: changes by variable attribute, e.g. `{"kernel": ..., "moving_mean": ...}`.
+        Variables that are not named keep their values (and shapes).
+    """
+
+    layer: Any
+    attributes: Mapping[str, Any]
+    variables: Mapping[str, VariableChange]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class NewUnit:
+    """One unit that a width edit makes, or an old one that it changes.
+
+    Attributes:
+      source: the old unit it descends from, or `NEWBORN`.
+      fan_in: the producer's weights of the unit: `{"kernel": [..., in], "bias": []}`.
+      path: per step of the site, the unit's variables there, each `[..., blocks]`.
+      fan_out: per consumer (in the order of `Site.consumers`), the share of the source's outgoing
+        weights that the unit takes over (a float), or a newborn's own weights `[T, B, O]`.
+      gradient_scale: loss gradient w.r.t. the unit's incoming weights over that w.r.t. its source's.
+    """
+
+    source: int
+    fan_in: Mapping[str, np.ndarray]
+    path: tuple[Mapping[str, np.ndarray], ...]
+    fan_out: tuple[Any, ...]
+    gradient_scale: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class WidthEdit:
+    """An edit of one site's width: all that surgery knows of split, add, widen...
+
+    Attributes:
+      site: the site edited.
+      replaced: old units that change, by index.
+      appended: units added at the end.
+    """
+
+    site: Any
+    replaced: Mapping[int, NewUnit]
+    appended: tuple[NewUnit, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What an edit costs: trainable and non-trainable parameters, and inference FLOPs per sample."""
+
+    params: int = 0
+    flops: int = 0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Interaction:
+    """The Gauss-Newton quadratic over a set of candidates.
+
+    Attributes:
+      linear: float array `[n]`, each candidate's first-order change of the mean loss.
+      gram: float array `[n, n]`, the curvature between candidates.
+    """
+
+    linear: np.ndarray
+    gram: np.ndarray
+
+    def change(self, subset=None) -> float:
+        """Estimated change of the mean loss when the candidates in `subset` are applied at once.
+
+        Args:
+          subset: candidate indices (all of them by default).
+        """
+        index = np.arange(len(self.linear)) if subset is None else np.asarray(subset, dtype=int)
+        return float(self.linear[index].sum() + 0.5 * self.gram[np.ix_(index, index)].sum())
+
+    @property
+    def scores(self) -> np.ndarray:
+        """Estimated change `[n]` of each candidate applied alone."""
+        return self.linear + 0.5 * np.diag(self.gram)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plan:
+    """What an oracle proposes for one growth step.
+
+    Attributes:
+      candidates: the chosen `Candidate`s, in the order they were picked.
+      estimated_change: joint estimate of the change of the mean loss (negative is better).
+      cost: what applying all of them adds to the model.
+      widths: site name -> (units before, units after).
+      seconds: seconds spent per phase (`"learn"`, `"score"`, `"select"`, ...).
+      reason: why nothing was chosen, or why choosing stopped; in words.
+    """
+
+    candidates: tuple
+    estimated_change: float
+    cost: Cost
+    widths: Mapping[str, tuple[int, int]]
+    seconds: Mapping[str, float]
+    reason: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class GrowthEvent:
+    """What one growth step did; JSON-ready through `to_json`.
+
+    Attributes:
+      epoch: number of epochs completed before the event (0 outside `fit`).
+      applied: one dict per site and morphism: `{"site", "morphism", "units"}`.
+      widths: site name -> (units before, units after).
+      params_before, params_after: `model.count_params()`.
+      flops_before, flops_after: inference FLOPs per sample.
+      estimated_change: joint estimate at the committed scale, None if there is none.
+      measured_change: really measured change of the mean loss on held-out batches, or None.
+      loss_before: mean loss on those batches before the event, or None.
+      alpha: the scale at which the guard committed the set (1: as learned); 0 if it was rejected.
+      seconds: seconds per phase.
+      newborn: site name -> number of new units.
+      newborn_alive: share of the newborn units active an epoch later, None until known.
+      status: `"applied"`, `"rejected"` (by the guard) or `"nothing"` (no candidate paid).
+      reason: in words, why it was rejected or nothing was chosen.
+      trial_id: the oracle's trial that holds the event, if any.
+    """
+
+    epoch: int
+    applied: tuple[Mapping[str, Any], ...]
+    widths: Mapping[str, tuple[int, int]]
+    params_before: int
+    params_after: int
+    flops_before: int
+    flops_after: int
+    estimated_change: float | None
+    measured_change: float | None
+    loss_before: float | None
+    alpha: float
+    seconds: Mapping[str, float]
+    newborn: Mapping[str, int]
+    newborn_alive: float | None = None
+    status: str = "applied"
+    reason: str = ""
+    trial_id: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The event as plain JSON types; `from_json` is the inverse."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> GrowthEvent:
+        data = dict(data)
+        data["applied"] = tuple(data["applied"])
+        data["widths"] = {name: tuple(pair) for name, pair in data["widths"].items()}
+        return cls(**data)
