@@ -98,7 +98,7 @@ def violations(libraries, root):
         for line, module in imported_modules((root / path).read_text(), path, library_of):
             target = library_of.get(module)
             if target is None:
-                problems.append(f"{path}:{line} imports {module}, which does not exist")
+                problems.append(f"{path}:{line} imports {module}, which no library holds")
             elif target not in allowed:
                 problems.append(
                     f"{path}:{line} imports {module} of :{target}, but :{library} may import "
@@ -174,7 +174,7 @@ def test_walk_names_each_violation(tree):
     assert violations(read_build(TREE_BUILD, tree), tree) == [
         "tfgrow/low/part.py:2 imports tfgrow.top of :top, but :low may import only ['base']",
         "tfgrow/stray.py is in no py_library of BUILD: add it to its package's",
-        "tfgrow/top.py:2 imports tfgrow.gone, which does not exist",
+        "tfgrow/top.py:2 imports tfgrow.gone, which no library holds",
     ]
 
 

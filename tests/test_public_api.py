@@ -18,12 +18,13 @@ FUNCTIONS = {
     "widen",
 }
 CLASSES = {"GaussNewtonEstimator", "GaussNewtonOracle", "Growable"}
+VALUES = {"Candidate", "GrowthEvent", "Interaction", "Journal", "Site"}  # what the calls give back
 NAMESPACES = {
     "callbacks": {"Growth"},
     "layers": {"BatchNormalization", "Conv1D", "Conv2D", "Conv3D", "Dense", "DepthwiseConv2D"},
     "schedules": {"OnPlateau"},
 }
-NAMES = FUNCTIONS | CLASSES | set(NAMESPACES)
+NAMES = FUNCTIONS | CLASSES | VALUES | set(NAMESPACES)
 
 # The leading parameters of the fixed calls: they may gain arguments with defaults, never lose any.
 SIGNATURES = {
@@ -84,7 +85,7 @@ def test_function(name):
     assert inspect.isfunction(getattr(tfgrow, name))
 
 
-@pytest.mark.parametrize("name", sorted(CLASSES))
+@pytest.mark.parametrize("name", sorted(CLASSES | VALUES))
 def test_class(name):
     assert inspect.isclass(getattr(tfgrow, name))
 

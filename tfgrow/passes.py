@@ -69,7 +69,9 @@ class Passes:
         """Sums over a batch of `(loss, linear [C], gram [C, C], samples)` for all candidates."""
         captured = self.capture(batch, seed, _taps(groups))
         parts = [
-            group.morphism.scalars(captured, group, theta, fresh=False)
+            group.morphism.scalars(
+                captured, group, theta, group.morphism.perturb(captured, group, theta, fresh=False)
+            )
             for group, theta in zip(groups, thetas, strict=True)
         ]
         linear, *columns = [tf.concat(same, axis=1) for same in zip(*parts, strict=True)]
@@ -84,7 +86,8 @@ class Passes:
         captured = observe(self._graph, x)
         tangents: dict = {}
         for group, theta in zip(groups, thetas, strict=True):
-            for tap, value in group.morphism.tangents(captured, group, theta).items():
+            perturbed = group.morphism.perturb(captured, group, theta, fresh=False)
+            for tap, value in group.morphism.tangents(group, theta, perturbed).items():
                 tangents[tap] = tangents[tap] + value if tap in tangents else value
         logits, pushed = push_forward(self._graph, self._head, x, tangents)
         slope = self._loss.gradient(y, logits) * pushed
@@ -109,20 +112,20 @@ class Passes:
         """
         captured = self.capture(batch, seed, _taps(groups))
         moving = [_learned(group, theta) for group, theta in zip(groups, thetas, strict=True)]
-        fresh_sums, kept_sums, solved = [], [], []
-        for group, theta, old in zip(groups, thetas, sums, strict=True):
-            mine = group.morphism.normal_equations(captured, group, theta)
-            kept = add_sums(scale_sums(old, FORGET), mine)
-            fresh_sums.append(mine)
-            kept_sums.append(kept)
-            solved.append(group.morphism.solve(group, kept, LEARNING_DAMPING) if mine else {})
-        thetas = [{**theta, **phi} for theta, phi in zip(thetas, solved, strict=True)]
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(moving)
+            thetas = [{**theta, **mine} for theta, mine in zip(thetas, moving, strict=True)]
+            perturbed = [
+                group.morphism.perturb(captured, group, theta, fresh=True)
+                for group, theta in zip(groups, thetas, strict=True)
+            ]
+            with tape.stop_recording():
+                new, kept, solved = _closed_forms(captured, groups, perturbed, sums)
+            thetas = [{**theta, **phi} for theta, phi in zip(thetas, solved, strict=True)]
             total = tf.add_n(
                 [
-                    _objective(captured, group, {**theta, **mine}, batch)
-                    for group, theta, mine in zip(groups, thetas, moving, strict=True)
+                    _objective(group.morphism.scalars(captured, group, theta, effect), batch[2])
+                    for group, theta, effect in zip(groups, thetas, perturbed, strict=True)
                 ]
             )
         gradients = tape.gradient(
@@ -130,11 +133,19 @@ class Passes:
         )
         moved, adam = _adam_steps(groups, moving, gradients, adam, rate)
         thetas = [{**theta, **mine} for theta, mine in zip(thetas, moved, strict=True)]
-        moments = [
-            group.morphism.moments(captured, group, theta)
-            for group, theta in zip(groups, thetas, strict=True)
-        ]
-        return thetas, adam, fresh_sums, kept_sums, moments, total
+        return thetas, adam, new, kept, [dict(effect.moments) for effect in perturbed], total
+
+
+def _closed_forms(captured, groups, perturbed, sums):
+    """Per group: the batch's normal equations, the decayed ones, and what they solve to."""
+    new, kept, solved = [], [], []
+    for group, effect, old in zip(groups, perturbed, sums, strict=True):
+        mine = group.morphism.equations(captured, group, effect)
+        both = add_sums(scale_sums(old, FORGET), mine)
+        new.append(mine)
+        kept.append(both)
+        solved.append(group.morphism.solve(group, both, LEARNING_DAMPING) if mine else {})
+    return new, kept, solved
 
 
 def _count(weight):
@@ -149,11 +160,11 @@ def _learned(group: Group, theta: Arrays) -> dict[str, Any]:
     return {name: theta[name] for name in group.morphism.learned if name in theta}
 
 
-def _objective(captured, group, theta, batch):
-    """Sum over the group's candidates of their estimated change of the mean loss."""
-    linear, *columns = group.morphism.scalars(captured, group, theta, fresh=True)
+def _objective(scalars, weight):
+    """Sum over a group's candidates of their estimated change of the mean loss."""
+    linear, *columns = scalars
     curvature = tf.add_n([tf.reduce_sum(q**2) for q in columns])
-    return (tf.reduce_sum(linear) + 0.5 * curvature) / _count(batch[2])
+    return (tf.reduce_sum(linear) + 0.5 * curvature) / _count(weight)
 
 
 def _adam_steps(groups, moving, gradients, adam, rate):

@@ -16,6 +16,9 @@ PathVariables = tuple[Mapping[str, Any], ...]
 """Per step of `Path.steps`, the variables of the units under study, by name."""
 
 
+Observe = Callable[[int, Any], None]
+
+
 class Path:
     """The way of `count` units of a site from the producer's response to the consumers' inputs.
 
@@ -64,7 +67,7 @@ class Path:
         self,
         response,
         variables: PathVariables,
-        observe: Callable[[int, Any], None] | None = None,
+        observe: Observe | None = None,
     ) -> dict[int, Any]:
         """What arrives at each leaf (tensor id -> value) for a response.
 
@@ -81,19 +84,18 @@ class Path:
             values[step.target] = step.view.apply_channels(inputs, mine)
         return {leaf.tensor: values[leaf.tensor] for leaf in self.site.leaves}
 
-    def run_newborn(self, response, templates: PathVariables):
-        """`run` for new units whose statistics are those of the batch itself.
-
-        Returns:
-          The leaves' values, and the variables that were used.
-        """
-        values, used = {RESPONSE: response}, []
-        for step, template in zip(self.steps, templates, strict=True):
+    def run_newborn(self, response, templates: PathVariables, observe: Observe) -> dict[int, Any]:
+        """`run` for new units, whose statistics are those of the batch itself."""
+        values = {RESPONSE: response}
+        for number, (step, template) in enumerate(zip(self.steps, templates, strict=True)):
             inputs = values[step.source]
-            moments = batch_moments(inputs) if step.view.needs_moments else None
-            used.append(step.view.newborn_variables(template, moments))
-            values[step.target] = step.view.apply_channels(inputs, used[-1])
-        return {leaf.tensor: values[leaf.tensor] for leaf in self.site.leaves}, tuple(used)
+            moments = None
+            if step.view.needs_moments:
+                observe(number, inputs)
+                moments = batch_moments(inputs)
+            variables = step.view.newborn_variables(template, moments)
+            values[step.target] = step.view.apply_channels(inputs, variables)
+        return {leaf.tensor: values[leaf.tensor] for leaf in self.site.leaves}
 
     def by_unit(self, tensor: int, values):
         """The last axis taken apart: `[..., size] -> [..., count, blocks]`."""

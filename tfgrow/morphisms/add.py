@@ -18,7 +18,7 @@ import tensorflow as tf
 
 from tfgrow.capture.capture import consumer_taps, producer_input
 from tfgrow.curvature.normal import dense_sums, kronecker_sums, solve_sums, zero_sums
-from tfgrow.morphisms.base import Candidate, Morphism
+from tfgrow.morphisms.base import Candidate, Morphism, Perturbed
 from tfgrow.morphisms.path_state import (
     Observer,
     newborn_path,
@@ -67,63 +67,54 @@ class Add(Morphism):
         size = np.full(len(units), np.sqrt(np.mean(unit_scale(site) ** 2)), dtype="float32")
         return {"kernel": size, "bias": size}
 
-    def _newborn(self, capture, group, theta, fresh, observer=None):
-        """By leaf, `[N, ..., size]`: the new units' values at the consumers' input."""
+    def perturb(self, capture, group, theta, fresh):
         site, path = group.site, group.path
         own = {name: theta[name] for name in site.producer.growable_variables()}
         weights = as_layer_weights(site.producer, own)
         response = site.producer.linear(producer_input(capture, site), **weights)
         templates = np.asarray(group.static["template"], dtype=np.int64)
-        live = path.live_variables(templates)
-        if not fresh:
-            variables = stacked_path_variables(
-                path, templates, lambda number: state_moments(theta, "new", number)
-            )
-            return path.run(response, variables)
-        values, variables = path.run_newborn(response, live)
-        if observer is not None:
-            path.run(response, variables, observer)
-        return values
+        if fresh:
+            observer = Observer(path, "new")
+            live = path.live_variables(templates)
+            return Perturbed(path.run_newborn(response, live, observer), observer.seen)
+        variables = stacked_path_variables(
+            path, templates, lambda number: state_moments(theta, "new", number)
+        )
+        return Perturbed(path.run(response, variables), {})
 
-    def scalars(self, capture, group, theta, fresh):
-        values = self._newborn(capture, group, theta, fresh)
-        totals = None
+    def scalars(self, capture, group, theta, perturbed):
+        parts = []
         for index, (leaf, node) in enumerate(_reads(group.site)):
+            value = perturbed.values[leaf.tensor]
             kernel = _group_kernel(group, leaf, node, theta[f"phi/{index}"])
-            value = values[leaf.tensor]
             pulled = _pull_back(node.operation, value, kernel)
             tap = consumer_taps(group.site)[index]
-            parts = [
-                group.path.per_unit(leaf.tensor, value * pulled(cotangent))
-                for cotangent in capture.cotangents(tap)
-            ]
-            totals = parts if totals is None else [a + b for a, b in zip(totals, parts, strict=True)]
-        return totals
+            parts.append(
+                [
+                    group.path.per_unit(leaf.tensor, value * pulled(cotangent))
+                    for cotangent in capture.cotangents(tap)
+                ]
+            )
+        return [tf.add_n(same) for same in zip(*parts, strict=True)]
 
-    def tangents(self, capture, group, theta):
-        values = self._newborn(capture, group, theta, fresh=False)
+    def tangents(self, group, theta, perturbed):
         tangents = {}
         for index, (leaf, node) in enumerate(_reads(group.site)):
             kernel = _group_kernel(group, leaf, node, theta[f"phi/{index}"])
             tap = consumer_taps(group.site)[index]
-            tangents[tap] = node.operation.linear(values[leaf.tensor], kernel)
+            tangents[tap] = node.operation.linear(perturbed.values[leaf.tensor], kernel)
         return tangents
 
-    def moments(self, capture, group, theta):
-        observer = Observer(group.path, "new")
-        self._newborn(capture, group, theta, fresh=True, observer=observer)
-        return observer.seen
-
-    def normal_equations(self, capture, group, theta):
-        values = self._newborn(capture, group, theta, fresh=True)
+    def equations(self, capture, group, perturbed):
         seen, cotangents = [], []
         for index, (leaf, node) in enumerate(_reads(group.site)):
             # [N, P, T, size] -> [n, N, P, T*B]
-            patches = node.operation.unfold(tf.stop_gradient(values[leaf.tensor]))
+            patches = node.operation.unfold(perturbed.values[leaf.tensor])
             patches = group.path.by_unit(leaf.tensor, patches)
             patches = tf.transpose(patches, (3, 0, 1, 2, 4))
             shape = tf.shape(patches)
-            seen.append(tf.reshape(patches, (*_head(shape, 3), shape[3] * shape[4])))
+            together = patches.shape[3] * patches.shape[4]
+            seen.append(tf.reshape(patches, (shape[0], shape[1], shape[2], together)))
             outputs = node.operation.growth_units
             tap = consumer_taps(group.site)[index]
             cotangents.append(
@@ -180,10 +171,6 @@ def _phi_shapes(site) -> list[tuple[int, int, int]]:
 
 def _dense(site) -> bool:
     return sum(int(np.prod(shape)) for shape in _phi_shapes(site)) <= DENSE_LIMIT
-
-
-def _head(shape, count):
-    return [shape[axis] for axis in range(count)]
 
 
 def _group_kernel(group, leaf, node, phi):

@@ -86,6 +86,19 @@ def _stack(dicts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return {name: np.stack([np.asarray(d[name]) for d in dicts]) for name in sorted(common)}
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Perturbed:
+    """What a group of candidates does on one batch.
+
+    Attributes:
+      values: leaf tensor id -> `[N, ..., size]`, in the layout of the group's path.
+      moments: statistics of the batch where layers of the path need them, `[n, blocks]` by name.
+    """
+
+    values: Mapping[int, Any]
+    moments: Mapping[str, Any]
+
+
 class Morphism:
     """Interface of a kind of edit. Stateless: everything is in theta and in the arguments.
 
@@ -93,7 +106,6 @@ class Morphism:
       name: by which users and journals know it.
       learned: the names of theta that are improved by gradient.
       solved: the names of theta that have a closed form, given the learned ones.
-      measured: whether it has statistics to measure before it is applied.
     """
 
     name: ClassVar[str]
@@ -112,37 +124,37 @@ class Morphism:
         """Natural size of the entries of each learned parameter, `[n]`: the unit of a step."""
         raise NotImplementedError
 
-    def scalars(self, capture: Capture, group: Group, theta: Theta, fresh: bool) -> list:
-        """Each candidate's perturbation against gradient and columns.
+    def perturb(self, capture: Capture, group: Group, theta: Theta, fresh: bool) -> Perturbed:
+        """What the group's candidates change, or newly bring, at the ends of the site's path.
 
         Args:
           capture: the batch.
           group: the candidates.
           theta: stacked parameters and measured state.
           fresh: whether statistics are taken from the batch (while learning) instead of `theta`.
+        """
+        raise NotImplementedError
+
+    def scalars(self, capture: Capture, group: Group, theta: Theta, perturbed: Perturbed) -> list:
+        """Each candidate's perturbation against gradient and columns.
 
         Returns:
           `[N, n]` for the gradient, then one `[N, n]` per column.
         """
         raise NotImplementedError
 
-    def tangents(self, capture: Capture, group: Group, theta: Theta) -> dict[Tap, Any]:
+    def tangents(self, group: Group, theta: Theta, perturbed: Perturbed) -> dict[Tap, Any]:
         """The sum of all the group's perturbations, by tap: the forward-mode view."""
         raise NotImplementedError
 
-    def moments(self, capture: Capture, group: Group, theta: Theta) -> dict[str, Any]:
-        """Statistics of the batch that `measured` averages; empty when none are needed."""
-        del capture, group, theta
-        return {}
-
     def no_equations(self, group: Group) -> dict[str, Any]:
-        """`normal_equations` of no data: zeros of the same names and shapes."""
+        """`equations` of no data: zeros of the same names and shapes."""
         del group
         return {}
 
-    def normal_equations(self, capture: Capture, group: Group, theta: Theta) -> dict[str, Any]:
+    def equations(self, capture: Capture, group: Group, perturbed: Perturbed) -> dict[str, Any]:
         """This batch's sums of the quadratic in the solved parameters; empty when none are."""
-        del capture, group, theta
+        del capture, group, perturbed
         return {}
 
     def solve(self, group: Group, sums: Mapping[str, Any], damping: float) -> dict[str, Any]:

@@ -16,8 +16,8 @@ import tensorflow as tf
 
 from tfgrow.capture.capture import leaf_taps, producer_input, producer_response
 from tfgrow.capture.execute import tensor_tap
+from tfgrow.morphisms.base import Candidate, Morphism, Perturbed
 from tfgrow.morphisms.path_state import Observer, child_path
-from tfgrow.morphisms.base import Candidate, Morphism
 from tfgrow.morphisms.weights import as_layer_weights, fan_in_weights, unit_scale
 from tfgrow.types import Cost, NewUnit, WidthEdit
 
@@ -53,46 +53,47 @@ class Split(Morphism):
         size = unit_scale(site)[units]
         return {"kernel": size, "bias": size}
 
-    def _perturbation(self, capture, group, theta, observe=None):
-        """By leaf, `[N, ..., size]`: the change at the consumers' input."""
+    def perturb(self, capture, group, theta, fresh):
+        del fresh  # children compute with their parent's statistics
         site, path = group.site, group.path
-        theta = {name: theta[name] for name in site.producer.growable_variables()}
-        weights = as_layer_weights(site.producer, theta)
-        step = site.producer.linear(producer_input(capture, site), **weights)
+        own = {name: theta[name] for name in site.producer.growable_variables()}
+        step = site.producer.linear(
+            producer_input(capture, site), **as_layer_weights(site.producer, own)
+        )
         response = tf.gather(producer_response(capture, site), group.units, axis=-1)
         variables = path.live_variables(group.units)
-        observe = observe or {}
-        up = path.run(response + step, variables, observe.get("plus"))
-        down = path.run(response - step, variables, observe.get("minus"))
-        now = path.run(response, variables, observe.get("now"))
-        return {leaf: 0.5 * (up[leaf] + down[leaf]) - now[leaf] for leaf in now}
+        arriving, moments = {}, {}
+        for who, value in (("plus", response + step), ("minus", response - step),
+                           ("now", response)):  # fmt: skip
+            observer = Observer(path, who)
+            arriving[who] = path.run(value, variables, observer)
+            moments.update(observer.seen)
+        up, down, now = arriving["plus"], arriving["minus"], arriving["now"]
+        return Perturbed({leaf: 0.5 * (up[leaf] + down[leaf]) - now[leaf] for leaf in now}, moments)
 
-    def scalars(self, capture, group, theta, fresh):
-        del fresh
-        delta = self._perturbation(capture, group, theta)
-        totals = None
+    def scalars(self, capture, group, theta, perturbed):
+        del theta
+        parts = []
         for leaf in group.site.leaves:
             index = group.path.positions(leaf.tensor, leaf.channels, group.units)
-            parts = [
-                group.path.per_unit(leaf.tensor, tf.gather(c, index, axis=-1) * delta[leaf.tensor])
-                for c in capture.cotangents(tensor_tap(leaf.tensor))
-            ]
-            totals = parts if totals is None else [a + b for a, b in zip(totals, parts, strict=True)]
-        return totals
+            delta = perturbed.values[leaf.tensor]
+            parts.append(
+                [
+                    group.path.per_unit(leaf.tensor, tf.gather(c, index, axis=-1) * delta)
+                    for c in capture.cotangents(tensor_tap(leaf.tensor))
+                ]
+            )
+        return [tf.add_n(same) for same in zip(*parts, strict=True)]
 
-    def tangents(self, capture, group, theta):
-        delta = self._perturbation(capture, group, theta)
+    def tangents(self, group, theta, perturbed):
+        del theta
         tangents = {}
         for leaf in group.site.leaves:
             index = group.path.positions(leaf.tensor, leaf.channels, group.units)
             scatter = tf.one_hot(index, leaf.channels.size, dtype=tf.float32)
-            tangents[tensor_tap(leaf.tensor)] = tf.tensordot(delta[leaf.tensor], scatter, 1)
+            delta = perturbed.values[leaf.tensor]
+            tangents[tensor_tap(leaf.tensor)] = tf.tensordot(delta, scatter, 1)
         return tangents
-
-    def moments(self, capture, group, theta):
-        observers = {who: Observer(group.path, who) for who in ("plus", "minus", "now")}
-        self._perturbation(capture, group, theta, observers)
-        return {name: v for observer in observers.values() for name, v in observer.seen.items()}
 
     def edit(self, candidate):
         site, unit = candidate.site, candidate.unit

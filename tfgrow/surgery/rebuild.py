@@ -14,6 +14,7 @@ import contextlib
 import copy
 import dataclasses
 import inspect
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -151,8 +152,7 @@ def rekey_optimizer(optimizer: keras.optimizers.Optimizer) -> None:
         for key, index in indices.items()
     }
     renamed = {keys[key]: index for key, index in indices.items()}
-    indices.clear()
-    indices.update(renamed)
+    refill_dict(indices, renamed)
     if excluded := getattr(optimizer, "_exclude_from_weight_decay", None):
         optimizer._exclude_from_weight_decay = {keys.get(key, key) for key in excluded}
     if cache := getattr(optimizer, "_exclude_from_weight_decay_cache", None):
@@ -192,14 +192,15 @@ def is_wrapped_list(container: Any) -> bool:
     return isinstance(container, ListWrapper)
 
 
-def unwrapped_dict(container: Any) -> Any:
-    """The dict inside TensorFlow's proxy; anything else as it is."""
-    return container.__wrapped__ if type(container) is _DictWrapper else container
-
-
-def accept_dict_contents(wrapper: Any) -> None:
-    """Lets TensorFlow's proxy take the present contents of its dict for its own doing."""
-    wrapper._update_snapshot()
+def refill_dict(container: Any, contents: dict) -> None:
+    """Replaces the contents of a dict, past overrides by which Keras's report to their trackers."""
+    is_proxy = type(container) is _DictWrapper
+    plain = container.__wrapped__ if is_proxy else container
+    base = OrderedDict if isinstance(plain, OrderedDict) else dict
+    base.clear(plain)
+    base.update(plain, contents)
+    if is_proxy:
+        container._update_snapshot()  # the proxy takes the contents for its own doing
 
 
 def refresh_graph(model: keras.Model, changed: Iterable[keras.Layer]) -> None:

@@ -8,7 +8,6 @@ to a variable while somebody else holds the old value. So taking a snapshot copi
 from __future__ import annotations
 
 import contextlib
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ import keras
 from tfgrow.surgery import optimizer, rebuild
 from tfgrow.types import LayerChange
 
-_CONTAINERS = (OrderedDict, dict, list, set)
+_CONTAINERS = (dict, list, set)
 
 
 class Transaction:
@@ -158,12 +157,11 @@ def _same(container: Any, contents: Any) -> bool:
 
 def _refill(container: Any, contents: Any) -> None:
     """Puts contents back, past the overrides by which containers report to their trackers."""
-    wrapper, container = container, rebuild.unwrapped_dict(container)
-    base: Any = next(kind for kind in _CONTAINERS if issubclass(type(container), kind))
-    base.clear(container)
-    if base is list:
+    if isinstance(contents, dict):
+        rebuild.refill_dict(container, contents)
+    elif isinstance(container, list):
+        list.clear(container)
         list.extend(container, contents)
     else:
-        base.update(container, contents)
-    if wrapper is not container:
-        rebuild.accept_dict_contents(wrapper)
+        set.clear(container)
+        set.update(container, contents)
