@@ -17,7 +17,7 @@ from tfgrow.graph.nodes import trace
 from tfgrow.graph.versions import version_of
 from tfgrow.morphisms.base import Candidate
 from tfgrow.morphisms.registry import group_candidates
-from tfgrow.passes import Passes, new_adam
+from tfgrow.passes import Parameters, Passes, new_adam
 from tfgrow.types import Interaction
 
 SETTLE = 6
@@ -101,30 +101,26 @@ class GaussNewtonEstimator:
         """
         groups, positions = self._group(candidates)
         stream = forever(dataset, seed=self.seed)
-        thetas = [_tensors(group.theta) for group in groups]
-        adam = new_adam(groups)
+        parameters = Parameters(groups)
+        adam = new_adam(parameters.pack())
         kept = [group.morphism.no_equations(group) for group in groups]
-        halves: list = [None, None]
-        moments: list = []
+        settled = _Settled()
         step = None
         settling = SETTLE if any(_settles(group) for group in groups) else 0
         for number in range(steps + settling):
-            batch = self._checked(next(stream))
             rate = learning_rate * _fade(number, steps) if number < steps else 0.0
-            inputs = (batch, self._batch_seed(), thetas, adam, kept, tf.constant(rate, tf.float32))
+            batch = self._checked(next(stream))
+            inputs = (batch, self._batch_seed(), adam, kept, tf.constant(rate, tf.float32))
             step = step or self._trace(
-                lambda b, s, th, ad, ke, ra: self._passes.learn(b, s, groups, th, ad, ke, ra),
-                inputs,
+                lambda b, s, a, k, r: self._passes.learn(b, s, groups, parameters, a, k, r), inputs
             )
-            thetas, adam, sums, kept, seen, objective = step(*inputs)
+            adam, sums, kept, moments, objective = step(*inputs)
             self._check_objective(objective)
             if number >= steps:
-                half = number % 2
-                halves[half] = sums if halves[half] is None else _add(halves[half], sums)
-                moments.append(seen)
+                settled.add(sums, moments)
             if progress is not None:
                 progress(number + 1, steps + settling)
-        return _unstack(candidates, groups, positions, thetas, halves, moments)
+        return _unstack(candidates, groups, positions, parameters.unpack(adam[0]), settled)
 
     def interaction(self, candidates: Sequence[Candidate], dataset) -> Interaction:
         """The quadratic over sets of candidates, from one pass over the dataset.
@@ -257,20 +253,45 @@ def _settles(group) -> bool:
     return bool(group.morphism.solved) or needs
 
 
+class _Settled:
+    """What the settling batches said, the normal equations in two halves."""
+
+    def __init__(self):
+        self._halves: list = [None, None]
+        self._moments: list = []
+
+    def add(self, sums, moments) -> None:
+        half = len(self._moments) % 2
+        known = self._halves[half]
+        self._halves[half] = sums if known is None else _add(known, sums)
+        self._moments.append(moments)
+
+    def solve(self, index: int, group) -> dict:
+        """A group's solved parameters, at the damping that either half likes for the other."""
+        if not group.morphism.solved:
+            return {}
+        first, second = (half[index] for half in self._halves)
+        return group.morphism.solve(group, add_sums(first, second), cross_damping(first, second))
+
+    def moments(self, index: int) -> dict[str, np.ndarray]:
+        """A group's statistics, averaged over the batches."""
+        seen = [batch[index] for batch in self._moments]
+        return {
+            name: np.mean([np.asarray(batch[name]) for batch in seen], axis=0)
+            for name in (seen[0] if seen else ())
+        }
+
+
 def _add(first, second):
     return [add_sums(a, b) if a else a for a, b in zip(first, second, strict=True)]
 
 
-def _unstack(candidates, groups, positions, thetas, halves, moments) -> list[Candidate]:
+def _unstack(candidates, groups, positions, thetas, settled: _Settled) -> list[Candidate]:
     """Candidates with what was learned, solved and measured."""
     learned = list(candidates)
     for index, (group, where) in enumerate(zip(groups, positions, strict=True)):
-        theta = dict(thetas[index])
-        state = _mean_moments([seen[index] for seen in moments])
-        if group.morphism.solved and halves[1] is not None:
-            first, second = halves[0][index], halves[1][index]
-            damping = cross_damping(first, second)
-            theta.update(group.morphism.solve(group, add_sums(first, second), damping))
+        theta = {**group.theta, **thetas[index], **settled.solve(index, group)}
+        state = settled.moments(index)
         for row, position in enumerate(where):
             old = candidates[position]
             learned[position] = old.replace(
@@ -278,11 +299,3 @@ def _unstack(candidates, groups, positions, thetas, halves, moments) -> list[Can
                 state={**old.state, **{name: value[row] for name, value in state.items()}},
             )
     return learned
-
-
-def _mean_moments(seen) -> dict[str, np.ndarray]:
-    if not seen:
-        return {}
-    return {
-        name: np.mean([np.asarray(batch[name]) for batch in seen], axis=0) for name in seen[0]
-    }

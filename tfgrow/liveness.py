@@ -32,20 +32,23 @@ def alive_share(model: keras.Model, newborn: Mapping[str, int], dataset) -> floa
     graph = trace(model)
     sites = [site for site in sites_of(model, graph) if newborn.get(site.name)]
     alive = total = 0
-    for site in sites:
-        deviation = sum(_deviations(model, graph, site, dataset))
+    for site, deviation in zip(sites, _deviations(model, graph, sites, dataset), strict=True):
         young = deviation[-newborn[site.name] :]
         alive += int(np.sum(young > ALIVE * np.median(deviation)))
         total += len(young)
     return alive / total if total else 1.0
 
 
-def _deviations(model, graph, site, dataset):
+def _deviations(model, graph, sites, dataset) -> list[np.ndarray]:
+    """Per site, its units' standard deviations, summed over batches and consumers: `[units]`."""
+    sums = [np.zeros(site.units) for site in sites]
     for x, _, _ in batches_of(dataset):
         with float32_compute(model):
             values = observe(graph, x).values
-        for leaf in site.leaves:
-            value = values[tensor_tap(leaf.tensor)]
-            axes = list(range(len(value.shape) - 1))
-            deviation = tf.math.reduce_std(value, axes).numpy()
-            yield deviation[leaf.channels.index].max(axis=1)
+        for total, site in zip(sums, sites, strict=True):
+            for leaf in site.leaves:
+                value = values[tensor_tap(leaf.tensor)]
+                axes = list(range(len(value.shape) - 1))
+                deviation = tf.math.reduce_std(value, axes).numpy()
+                total += deviation[leaf.channels.index].max(axis=1)
+    return sums

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from tfgrow.capture.capture import Capture, Head, capture, observe, push_forward
@@ -74,8 +75,10 @@ class Passes:
             )
             for group, theta in zip(groups, thetas, strict=True)
         ]
-        linear, *columns = [tf.concat(same, axis=1) for same in zip(*parts, strict=True)]
-        gram = tf.add_n([tf.matmul(q, q, transpose_a=True) for q in columns])
+        together = tf.concat(parts, axis=2)  # [1 + K, N, C]
+        linear = together[0]
+        columns = tf.reshape(together[1:], (-1, together.shape[2]))
+        gram = tf.matmul(columns, columns, transpose_a=True)
         _, y, weight = batch
         losses = self._loss.per_sample(y, captured.values[self._head.tap]) * weight
         return tf.reduce_sum(losses), tf.reduce_sum(linear, 0), gram, _count(weight)
@@ -95,45 +98,85 @@ class Passes:
         change = slope + 0.5 * self._loss.quadratic(y, logits, pushed)
         return tf.reduce_sum(change * weight), _count(weight)
 
-    def learn(self, batch, seed, groups, thetas, adam, sums, rate) -> Any:
+    def learn(self, batch, seed, groups: Sequence[Group], parameters: Parameters, adam, sums, rate):
         """One learning step of all candidates on a batch.
 
         Args:
           batch: `(x, y, weight)`.
           seed: of the sampled columns.
           groups: all groups.
-          thetas: their parameters and state, one dict per group.
-          adam: per group, the moments of the learned parameters' gradients, and the step count.
+          parameters: how the learned parameters lie in a vector.
+          adam: `(vector, mean, square, count)`: all learned parameters, the moments of their
+            gradients, and the number of steps so far.
           sums: per group, the decayed normal equations of earlier batches.
           rate: step size relative to the weights' natural size; at 0 nothing moves.
 
         Returns:
-          `(thetas, adam, sums of this batch, decayed sums, moments, objective)`.
+          `(adam, sums of this batch, decayed sums, moments, objective)`.
         """
         captured = self.capture(batch, seed, _taps(groups))
-        moving = [_learned(group, theta) for group, theta in zip(groups, thetas, strict=True)]
         with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch(moving)
-            thetas = [{**theta, **mine} for theta, mine in zip(thetas, moving, strict=True)]
+            vector = adam[0]
+            tape.watch(vector)
+            thetas = parameters.unpack(vector)
             perturbed = [
                 group.morphism.perturb(captured, group, theta, fresh=True)
                 for group, theta in zip(groups, thetas, strict=True)
             ]
             with tape.stop_recording():
                 new, kept, solved = _closed_forms(captured, groups, perturbed, sums)
-            thetas = [{**theta, **phi} for theta, phi in zip(thetas, solved, strict=True)]
             total = tf.add_n(
                 [
-                    _objective(group.morphism.scalars(captured, group, theta, effect), batch[2])
-                    for group, theta, effect in zip(groups, thetas, perturbed, strict=True)
+                    _objective(
+                        group.morphism.scalars(captured, group, {**theta, **phi}, effect), batch[2]
+                    )
+                    for group, theta, phi, effect in zip(
+                        groups, thetas, solved, perturbed, strict=True
+                    )
                 ]
             )
-        gradients = tape.gradient(
-            total, moving, unconnected_gradients=tf.UnconnectedGradients.ZERO
-        )
-        moved, adam = _adam_steps(groups, moving, gradients, adam, rate)
-        thetas = [{**theta, **mine} for theta, mine in zip(thetas, moved, strict=True)]
-        return thetas, adam, new, kept, [dict(effect.moments) for effect in perturbed], total
+        adam = _adam_step(adam, tape.gradient(total, vector), rate)
+        return adam, new, kept, [dict(effect.moments) for effect in perturbed], total
+
+
+class Parameters:
+    """All learned parameters of some groups as one vector, each in units of its natural size.
+
+    A step of one size then suits every candidate, whatever the scale of its unit's weights.
+    """
+
+    def __init__(self, groups: Sequence[Group]):
+        self._groups = groups
+        self._layout = [
+            (row, name, np.shape(group.theta[name]), _unit_column(group, name))
+            for row, group in enumerate(groups)
+            for name in group.morphism.learned
+            if name in group.theta
+        ]
+
+    def pack(self) -> np.ndarray:
+        """The groups' parameters as the vector."""
+        parts = [
+            (self._groups[row].theta[name] / unit).reshape(-1)
+            for row, name, _, unit in self._layout
+        ]
+        return np.concatenate(parts).astype("float32")
+
+    def unpack(self, vector) -> list[dict[str, Any]]:
+        """The vector as one dict of stacked parameters per group."""
+        thetas: list[dict[str, Any]] = [{} for _ in self._groups]
+        sizes = [int(np.prod(shape, dtype=np.int64)) for _, _, shape, _ in self._layout]
+        for part, (row, name, shape, unit) in zip(
+            tf.split(vector, sizes), self._layout, strict=True
+        ):
+            thetas[row][name] = tf.reshape(part, shape) * unit
+        return thetas
+
+
+def _unit_column(group: Group, name: str) -> np.ndarray:
+    """The natural size of a parameter's entries, `[n, 1, ...]`."""
+    axes = np.ndim(group.theta[name]) - 1
+    return np.asarray(group.scales[name], dtype="float32").reshape(-1, *[1] * axes)
 
 
 def _closed_forms(captured, groups, perturbed, sums):
@@ -156,42 +199,23 @@ def _taps(groups: Sequence[Group]) -> list:
     return [tap for group in groups for tap in group.morphism.taps(group.site)]
 
 
-def _learned(group: Group, theta: Arrays) -> dict[str, Any]:
-    return {name: theta[name] for name in group.morphism.learned if name in theta}
-
-
 def _objective(scalars, weight):
     """Sum over a group's candidates of their estimated change of the mean loss."""
-    linear, *columns = scalars
-    curvature = tf.add_n([tf.reduce_sum(q**2) for q in columns])
-    return (tf.reduce_sum(linear) + 0.5 * curvature) / _count(weight)
+    change = tf.reduce_sum(scalars[0]) + 0.5 * tf.reduce_sum(scalars[1:] ** 2)
+    return change / _count(weight)
 
 
-def _adam_steps(groups, moving, gradients, adam, rate):
-    """Adam (Kingma & Ba 2015) with each unit's step relative to the size of its weights."""
-    count = adam["count"] + 1.0
-    new_adam: dict[str, Any] = {"count": count, "mean": [], "square": []}
-    moved = []
-    for index, group in enumerate(groups):
-        result: dict[str, dict] = {"theta": {}, "mean": {}, "square": {}}
-        for name, value in moving[index].items():
-            gradient = gradients[index][name]
-            mean = 0.9 * adam["mean"][index][name] + 0.1 * gradient
-            square = 0.99 * adam["square"][index][name] + 0.01 * gradient**2
-            direction = mean / (1 - 0.9**count) / (tf.sqrt(square / (1 - 0.99**count)) + 1e-20)
-            size = group.scales[name].reshape(-1, *[1] * (len(value.shape) - 1))
-            result["theta"][name] = value - rate * size * direction
-            result["mean"][name], result["square"][name] = mean, square
-        moved.append(result["theta"])
-        new_adam["mean"].append(result["mean"])
-        new_adam["square"].append(result["square"])
-    return moved, new_adam
+def _adam_step(adam, gradient, rate):
+    """One step of Adam (Kingma & Ba 2015) on the vector of parameters."""
+    vector, mean, square, count = adam
+    count = count + 1.0
+    mean = 0.9 * mean + 0.1 * gradient
+    square = 0.99 * square + 0.01 * gradient**2
+    step = rate * tf.sqrt(1 - 0.99**count) / (1 - 0.9**count)
+    return vector - step * mean / (tf.sqrt(square) + 1e-20), mean, square, count
 
 
-def new_adam(groups: Sequence[Group]) -> dict[str, Any]:
+def new_adam(vector: np.ndarray):
     """The state before the first learning step."""
-    zeros = [
-        {name: tf.zeros_like(value) for name, value in _learned(group, group.theta).items()}
-        for group in groups
-    ]
-    return {"count": tf.zeros(()), "mean": zeros, "square": [dict(z) for z in zeros]}
+    start = tf.constant(vector)
+    return start, tf.zeros_like(start), tf.zeros_like(start), tf.zeros(())

@@ -19,17 +19,12 @@ class Capture:
 
     Attributes:
       values: value of every tap.
-      gradient: by tap, `[N, ...]`: the gradient of each sample's weighted loss.
-      columns: `K` dicts by tap, `[N, ...]`: column k of the curvature's factor, back-propagated.
+      cotangents: by tap, `[1 + K, N, ...]`: the gradient of each sample's weighted loss, and then
+        every column of the curvature's factor, back-propagated.
     """
 
     values: Mapping[Tap, Any]
-    gradient: Mapping[Tap, Any]
-    columns: tuple[Mapping[Tap, Any], ...]
-
-    def cotangents(self, tap: Tap) -> list:
-        """The gradient and then every column at a tap."""
-        return [self.gradient[tap], *(column[tap] for column in self.columns)]
+    cotangents: Mapping[Tap, Any]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -133,18 +128,18 @@ def capture(
         )
         return {tap: tf.stop_gradient(g) for tap, g in zip(taps, gradients, strict=True)}
 
-    gradient = back_propagate(gradient_of(logits))
+    passes = [back_propagate(gradient_of(logits))]
     if reuse_gradient is not None:
-        columns = [{tap: reuse_gradient(value) for tap, value in gradient.items()}]
+        passes.append({tap: reuse_gradient(value) for tap, value in passes[0].items()})
     else:
-        columns = [back_propagate(column) for column in columns_of(logits)]
+        passes += [back_propagate(column) for column in columns_of(logits)]
     stopped = {tap: tf.stop_gradient(value) for tap, value in values.items()}
-    return Capture(stopped, gradient, tuple(columns))
+    return Capture(stopped, {tap: tf.stack([one[tap] for one in passes]) for tap in taps})
 
 
 def observe(graph: Graph, x) -> Capture:
     """One forward pass: the values of all taps, without gradient and columns."""
-    return Capture(execute(graph, prepare_inputs(graph, x)), {}, ())
+    return Capture(execute(graph, prepare_inputs(graph, x)), {})
 
 
 def push_forward(graph: Graph, head: Head, x, tangents: Mapping[Tap, Any]):

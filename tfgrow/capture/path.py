@@ -53,10 +53,10 @@ class Path:
         """The present variables, in float32, of some of the site's units."""
         return tuple(
             {
-                name: tf.gather(
+                name: take(
                     tf.cast(tf.convert_to_tensor(variable), tf.float32),
                     self.positions(step.source, step.incoming, units),
-                    axis=step.layer.variable_axes[name].channel,
+                    step.layer.variable_axes[name].channel,
                 )
                 for name, variable in _variables(step).items()
             }
@@ -100,19 +100,27 @@ class Path:
     def by_unit(self, tensor: int, values):
         """The last axis taken apart: `[..., size] -> [..., count, blocks]`."""
         mine = self.maps[tensor]
-        return tf.reshape(
-            tf.gather(values, mine.index.reshape(-1), axis=-1),
-            tf.concat([tf.shape(values)[:-1], mine.index.shape], axis=0),
-        )
+        if mine.blocks == 1:
+            return values[..., None]
+        grouped = take(values, mine.index.reshape(-1))
+        dynamic = tf.shape(values)
+        lead = [dynamic[axis] if n is None else n for axis, n in enumerate(values.shape[:-1])]
+        return tf.reshape(grouped, [*lead, *mine.index.shape])
 
     def per_unit(self, tensor: int, values):
-        """Sums products over everything but samples and units: `[N, ..., size] -> [N, count]`."""
-        mine = self.maps[tensor]
-        axes = list(range(1, len(values.shape) - 1))
+        """Sums over positions and blocks: `[1 + K, N, ..., size] -> [1 + K, N, count]`."""
+        axes = list(range(2, len(values.shape) - 1))
         flat = tf.reduce_sum(values, axis=axes) if axes else values
-        if mine.blocks == 1:
+        if self.maps[tensor].blocks == 1:
             return flat
         return tf.reduce_sum(self.by_unit(tensor, flat), axis=-1)
+
+
+def take(values, index: np.ndarray, axis: int = -1):
+    """`tf.gather` along a channel axis, left out where it would change nothing."""
+    if len(index) == values.shape[axis] and (index == np.arange(len(index))).all():
+        return values
+    return tf.gather(values, index, axis=axis)
 
 
 def batch_moments(values) -> Moments:

@@ -4,8 +4,8 @@ For weights phi of a new unit, the estimate is `G.phi + 1/2 phi'Q phi`. With `u`
 weights see and `c` a cotangent of the response they make, the gradient of one sample is
 `sum_p u_p c_p'`; `G` sums it for the loss gradient, `Q` its outer products over the columns.
 
-Layouts: `seen` is `[n, N, P, A]` per consumer (A = T*B), cotangents `[N, P, O]`; weights of all
-consumers are flattened and joined to `[n, W]`, `W = sum A*O`.
+Layouts: `seen` is `[n, N, P, A]` per consumer (A = T*B), its cotangents `[1 + K, N, P, O]` with the
+gradient first; weights of all consumers are flattened and joined to `[n, W]`, `W = sum A*O`.
 """
 
 from __future__ import annotations
@@ -39,41 +39,32 @@ def scale_sums(sums: Sums, factor: float) -> dict[str, tf.Tensor]:
     return {name: factor * value for name, value in sums.items()}
 
 
-def dense_sums(seen: Sequence, cotangents: Sequence[Sequence]) -> dict[str, tf.Tensor]:
+def dense_sums(seen: Sequence, cotangents: Sequence) -> dict[str, tf.Tensor]:
     """Sums of one batch with the whole of Q: `{"g": [n, W], "q": [n, W, W]}`."""
-
-    def gradients(which):
-        parts = [_sample_gradients(u, c[which]) for u, c in zip(seen, cotangents, strict=True)]
-        return tf.concat(parts, axis=-1)
-
-    columns = [gradients(k) for k in range(1, len(cotangents[0]))]
-    q = tf.add_n([tf.matmul(column, column, transpose_a=True) for column in columns])
-    return {"g": tf.reduce_sum(gradients(0), axis=1), "q": q}
+    parts = [_sample_gradients(u, c) for u, c in zip(seen, cotangents, strict=True)]
+    gradients = tf.concat(parts, axis=-1)  # [n, 1 + K, N, W]
+    columns = tf.reshape(gradients[:, 1:], (gradients.shape[0], -1, gradients.shape[-1]))
+    q = tf.matmul(columns, columns, transpose_a=True)
+    return {"g": tf.reduce_sum(gradients[:, 0], axis=1), "q": q}
 
 
-def kronecker_sums(seen: Sequence, cotangents: Sequence[Sequence]) -> dict[str, tf.Tensor]:
+def kronecker_sums(seen: Sequence, cotangents: Sequence) -> dict[str, tf.Tensor]:
     """Sums of one batch with Q factored per consumer, `Q ~ A x S` (Grosse & Martens 2016)."""
-    sums = {"g": _concat_gradients(seen, cotangents)}
+    parts, sums = [], {}
     for index, (u, c) in enumerate(zip(seen, cotangents, strict=True)):
+        total = tf.einsum("nipa,ipo->nao", u, c[0])
+        parts.append(tf.reshape(total, (-1, total.shape[1] * total.shape[2])))
+        rows = tf.reshape(c[1:], (-1, c.shape[-1]))
         sums[f"a/{index}"] = tf.einsum("nipa,nipb->nab", u, u)
-        sums[f"s/{index}"] = tf.add_n([tf.einsum("ipo,ipq->oq", s, s) for s in c[1:]])
-        sums[f"rows/{index}"] = tf.cast(tf.size(c[0]) / c[0].shape[-1], tf.float32)
-    return sums
+        sums[f"s/{index}"] = tf.matmul(rows, rows, transpose_a=True)
+        sums[f"rows/{index}"] = tf.cast(tf.size(c[0]) / c.shape[-1], tf.float32)
+    return {"g": tf.concat(parts, axis=-1), **sums}
 
 
 def _sample_gradients(u, c):
-    """`[n, N, A*O]`: every sample's gradient with respect to the weights."""
-    outer = tf.einsum("nipa,ipo->niao", u, c)
-    shape = tf.shape(outer)
-    return tf.reshape(outer, (shape[0], shape[1], outer.shape[2] * outer.shape[3]))
-
-
-def _concat_gradients(seen, cotangents):
-    parts = []
-    for u, c in zip(seen, cotangents, strict=True):
-        total = tf.einsum("nipa,ipo->nao", u, c[0])
-        parts.append(tf.reshape(total, (-1, total.shape[1] * total.shape[2])))
-    return tf.concat(parts, axis=-1)
+    """`[n, 1 + K, N, A*O]`: every sample's gradient with respect to the weights."""
+    outer = tf.einsum("nipa,kipo->nkiao", u, c)
+    return tf.reshape(outer, (u.shape[0], c.shape[0], -1, u.shape[3] * c.shape[3]))
 
 
 def solve_sums(sums: Sums, damping) -> tf.Tensor:

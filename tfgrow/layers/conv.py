@@ -45,6 +45,20 @@ class Conv1D(_Conv, keras.layers.Conv1D):
 
     stock_class = keras.layers.Conv1D
 
+    def convolution_op(self, inputs, kernel):
+        if self.padding != "causal":
+            return super().convolution_op(inputs, kernel)
+        # Keras pads in `call`, not here: its `convolution_op` doesn't know "causal".
+        before = self.dilation_rate[0] * (self.kernel_size[0] - 1)
+        return ops.conv(
+            ops.pad(inputs, [[0, 0], [before, 0], [0, 0]]),
+            kernel,
+            strides=list(self.strides),
+            padding="valid",
+            dilation_rate=self.dilation_rate,
+            data_format=self.data_format,
+        )
+
 
 @keras.saving.register_keras_serializable(package="tfgrow")
 class Conv2D(_Conv, keras.layers.Conv2D):

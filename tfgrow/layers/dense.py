@@ -1,5 +1,7 @@
 """Dense, growable."""
 
+import math
+
 import keras
 from keras import ops
 
@@ -32,4 +34,6 @@ class Dense(Mixing, keras.layers.Dense):
         return outputs if bias is None else outputs + bias
 
     def unfold(self, inputs):
-        return ops.reshape(inputs, (ops.shape(inputs)[0], -1, 1, inputs.shape[-1]))
+        between = inputs.shape[1:-1]
+        positions = -1 if None in between else math.prod(between)
+        return ops.reshape(inputs, (ops.shape(inputs)[0], positions, 1, inputs.shape[-1]))

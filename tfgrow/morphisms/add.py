@@ -17,6 +17,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfgrow.capture.capture import consumer_taps, producer_input
+from tfgrow.capture.path import take
 from tfgrow.curvature.normal import dense_sums, kronecker_sums, solve_sums, zero_sums
 from tfgrow.morphisms.base import Candidate, Morphism, Perturbed
 from tfgrow.morphisms.path_state import (
@@ -87,15 +88,10 @@ class Add(Morphism):
         for index, (leaf, node) in enumerate(_reads(group.site)):
             value = perturbed.values[leaf.tensor]
             kernel = _group_kernel(group, leaf, node, theta[f"phi/{index}"])
-            pulled = _pull_back(node.operation, value, kernel)
-            tap = consumer_taps(group.site)[index]
-            parts.append(
-                [
-                    group.path.per_unit(leaf.tensor, value * pulled(cotangent))
-                    for cotangent in capture.cotangents(tap)
-                ]
-            )
-        return [tf.add_n(same) for same in zip(*parts, strict=True)]
+            cotangents = capture.cotangents[consumer_taps(group.site)[index]]
+            pulled = _pull_back(node.operation, value, kernel, cotangents)
+            parts.append(group.path.per_unit(leaf.tensor, value * pulled))
+        return tf.add_n(parts)
 
     def tangents(self, group, theta, perturbed):
         tangents = {}
@@ -112,14 +108,13 @@ class Add(Morphism):
             patches = node.operation.unfold(perturbed.values[leaf.tensor])
             patches = group.path.by_unit(leaf.tensor, patches)
             patches = tf.transpose(patches, (3, 0, 1, 2, 4))
-            shape = tf.shape(patches)
             together = patches.shape[3] * patches.shape[4]
-            seen.append(tf.reshape(patches, (shape[0], shape[1], shape[2], together)))
+            positions = patches.shape[2] or tf.shape(patches)[2]
+            seen.append(tf.reshape(patches, (patches.shape[0], -1, positions, together)))
             outputs = node.operation.growth_units
             tap = consumer_taps(group.site)[index]
-            cotangents.append(
-                [tf.reshape(c, (tf.shape(c)[0], -1, outputs)) for c in capture.cotangents(tap)]
-            )
+            stacked = capture.cotangents[tap]
+            cotangents.append(tf.reshape(stacked, (stacked.shape[0], -1, positions, outputs)))
         return (dense_sums if _dense(group.site) else kronecker_sums)(seen, cotangents)
 
     def no_equations(self, group):
@@ -180,18 +175,24 @@ def _group_kernel(group, leaf, node, phi):
     order[index.reshape(-1)] = np.arange(index.size)
     rows = tf.transpose(phi, (1, 0, 2, 3))
     taps, outputs = phi.shape[1], phi.shape[3]
-    rows = tf.gather(tf.reshape(rows, (taps, -1, outputs)), order, axis=1)
+    rows = take(tf.reshape(rows, (taps, -1, outputs)), order, axis=1)
     return consumer_kernel(node.operation, rows)
 
 
-def _pull_back(layer, value, kernel):
-    """The transpose of the consumer's linear map, as a function of a cotangent of its response."""
-    value, kernel = tf.stop_gradient(value), tf.stop_gradient(kernel)
+def _pull_back(layer, value, kernel, cotangents):
+    """The transpose of the consumer's linear map on cotangents `[1 + K, N, ...]` of its response.
 
-    def pull(cotangent):
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch(value)
-            response = layer.linear(value, kernel)
-        return tf.stop_gradient(tape.gradient(response, value, output_gradients=cotangent))
-
-    return pull
+    It depends on the shape of the layer's input only, never on its values.
+    """
+    kernel = tf.stop_gradient(kernel)
+    passes, samples = cotangents.shape[0], tf.shape(value)[0]
+    folded = tf.reshape(cotangents, (-1, *cotangents.shape[2:]))
+    shape = tf.concat([[passes * samples], tf.shape(value)[1:]], axis=0)
+    anywhere = tf.ensure_shape(tf.zeros(shape), (None, *value.shape[1:]))
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
+        tape.watch(anywhere)
+        response = layer.linear(anywhere, kernel)
+    pulled = tape.gradient(response, anywhere, output_gradients=folded)
+    shape = tf.concat([[passes, samples], tf.shape(value)[1:]], axis=0)
+    pulled = tf.ensure_shape(tf.reshape(pulled, shape), (passes, None, *value.shape[1:]))
+    return tf.stop_gradient(pulled)

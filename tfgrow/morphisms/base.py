@@ -135,12 +135,8 @@ class Morphism:
         """
         raise NotImplementedError
 
-    def scalars(self, capture: Capture, group: Group, theta: Theta, perturbed: Perturbed) -> list:
-        """Each candidate's perturbation against gradient and columns.
-
-        Returns:
-          `[N, n]` for the gradient, then one `[N, n]` per column.
-        """
+    def scalars(self, capture: Capture, group: Group, theta: Theta, perturbed: Perturbed) -> Any:
+        """Each candidate's perturbation against gradient and columns, `[1 + K, N, n]`."""
         raise NotImplementedError
 
     def tangents(self, group: Group, theta: Theta, perturbed: Perturbed) -> dict[Tap, Any]:

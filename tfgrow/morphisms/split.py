@@ -16,6 +16,7 @@ import tensorflow as tf
 
 from tfgrow.capture.capture import leaf_taps, producer_input, producer_response
 from tfgrow.capture.execute import tensor_tap
+from tfgrow.capture.path import take
 from tfgrow.morphisms.base import Candidate, Morphism, Perturbed
 from tfgrow.morphisms.path_state import Observer, child_path
 from tfgrow.morphisms.weights import as_layer_weights, fan_in_weights, unit_scale
@@ -60,7 +61,7 @@ class Split(Morphism):
         step = site.producer.linear(
             producer_input(capture, site), **as_layer_weights(site.producer, own)
         )
-        response = tf.gather(producer_response(capture, site), group.units, axis=-1)
+        response = take(producer_response(capture, site), group.units)
         variables = path.live_variables(group.units)
         arriving, moments = {}, {}
         for who, value in (("plus", response + step), ("minus", response - step),
@@ -76,14 +77,10 @@ class Split(Morphism):
         parts = []
         for leaf in group.site.leaves:
             index = group.path.positions(leaf.tensor, leaf.channels, group.units)
-            delta = perturbed.values[leaf.tensor]
-            parts.append(
-                [
-                    group.path.per_unit(leaf.tensor, tf.gather(c, index, axis=-1) * delta)
-                    for c in capture.cotangents(tensor_tap(leaf.tensor))
-                ]
-            )
-        return [tf.add_n(same) for same in zip(*parts, strict=True)]
+            cotangents = take(capture.cotangents[tensor_tap(leaf.tensor)], index)
+            products = cotangents * perturbed.values[leaf.tensor]
+            parts.append(group.path.per_unit(leaf.tensor, products))
+        return tf.add_n(parts)
 
     def tangents(self, group, theta, perturbed):
         del theta

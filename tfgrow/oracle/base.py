@@ -13,12 +13,13 @@ looks as Keras Tuner users know it, every file replaced as a whole or not at all
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import keras_tuner
@@ -26,13 +27,19 @@ import numpy as np
 import tensorflow as tf
 from keras_tuner.engine.trial import Trial, TrialStatus
 
+from tfgrow.graph.sites import find_sites
+from tfgrow.oracle.data import GrowthData, split_data
 from tfgrow.oracle.selection import Limits, matching_names, require_whole
+from tfgrow.oracle.undo import restored_on_error
 from tfgrow.types import Cost, GrowthEvent, Plan
 
 _LOSSES = ("loss", "val_loss", "default_objective")
 
 TUNER_ID = "tfgrow"
 """Under which tuner id growth trials are created; one step is under way at a time."""
+
+_BATCHES = (16, 12, 8)
+"""Batches to learn, score and judge on, if a strategy does not say."""
 
 EVENT_METRICS = ("estimated_change", "measured_change", "loss_before", "alpha", "newborn_alive")
 """Figures of a `GrowthEvent` that become metrics of its trial under the same name."""
@@ -140,7 +147,46 @@ class GrowthOracle(keras_tuner.Oracle, abc.ABC):
           The plan; without candidates if nothing is worth doing, its `reason` saying why.
         """
 
+    # ---- what a strategy may write ----------------------------------------------------------
+
+    def check(self, model: Any, data: Any) -> None:
+        """Raises ValueError or TypeError now for what would make every growth step fail.
+
+        Args:
+          model: the live, built model.
+          data: what the steps will be given.
+        """
+        del data
+        self.check_budget(model)
+        self.site_names([site.name for site in find_sites(model) if site.blocked is None])
+
+    def split(self, dataset: Any) -> GrowthData:
+        """Disjoint batches of a dataset for one step: to learn on, to score with, to judge by."""
+        if isinstance(dataset, GrowthData):
+            return dataset
+        return split_data(dataset, *_BATCHES, seed=self.next_seed())
+
+    def estimate(self, model: Any, candidates: Sequence[Any], batches: Any) -> float | None:
+        """Estimated joint change of the loss by candidates that the guard has scaled down.
+
+        Args:
+          model: the live model, as it was when they were proposed.
+          candidates: the scaled ones.
+          batches: what to estimate on.
+
+        Returns:
+          The estimate, or None: a strategy need not have one.
+        """
+        del model, candidates, batches
+        return None
+
     # ---- what a callback or a loop calls ----------------------------------------------------
+
+    @contextlib.contextmanager
+    def all_or_nothing(self) -> Iterator[None]:
+        """Forgets what was proposed and recorded in the block, on disk too, if it raises."""
+        with restored_on_error(self, self._project_dir if self._on_disk else None):
+            yield
 
     def propose(self, model: Any, data: Any, epoch: int = 0, **context: Any) -> tuple[Trial, Plan]:
         """Asks the strategy for a plan and opens its trial.

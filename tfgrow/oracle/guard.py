@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 
 import keras
@@ -25,6 +26,7 @@ class Outcome:
       candidates: the candidates at that scale.
       changes: what was changed, by layer.
       loss_before, loss_after: mean loss on the held-out batches.
+      estimated_change: estimate at the committed scale, if one was asked for and made.
     """
 
     alpha: float
@@ -32,6 +34,7 @@ class Outcome:
     changes: tuple[LayerChange, ...]
     loss_before: float
     loss_after: float
+    estimated_change: float | None = None
 
 
 def commit(
@@ -40,6 +43,7 @@ def commit(
     loss_of: Callable[[keras.Model], float],
     tolerance: float = 0.0,
     alphas: Sequence[float] = ALPHAS,
+    estimate_of: Callable[[Sequence[Candidate]], float | None] | None = None,
 ) -> Outcome:
     """Applies a set at the largest scale that doesn't raise the held-out loss, or not at all.
 
@@ -49,19 +53,35 @@ def commit(
       loss_of: the model's loss on held-out batches, by its real forward pass.
       tolerance: by how much the loss may rise.
       alphas: scales to try, in this order; at 0 every morphism preserves the function.
+      estimate_of: estimates a scaled set on the model as it was. Called once, and only if the set
+        is committed at another scale than 1, at which its estimate is known.
 
     Returns:
       The outcome. On any error the model is as before.
+
+    Raises:
+      ValueError: the loss is not finite before anything is changed.
     """
     before = after = loss_of(model)
+    if not math.isfinite(before):
+        raise ValueError(
+            f"The loss of model '{model.name}' on the held-out batches is {before} before it "
+            "grows. Check the data for NaN, or lower the learning rate of the training."
+        )
     for alpha in alphas:
         scaled = [_scaled(candidate, alpha) for candidate in candidates]
         with growth_transaction(model) as attempt:
             changes = apply_edits(model, edits_of(scaled))
             after = loss_of(model)
-            if after <= before + tolerance:  # false for NaN too
-                return Outcome(alpha, tuple(scaled), tuple(changes), before, after)
-            attempt.rollback()
+            if not after <= before + tolerance:  # true for NaN too
+                attempt.rollback()
+                continue
+            estimate = None
+            if alpha != 1.0 and estimate_of is not None:
+                attempt.rollback()
+                estimate = estimate_of(scaled)
+                changes = apply_edits(model, edits_of(scaled))
+            return Outcome(alpha, tuple(scaled), tuple(changes), before, after, estimate)
     return Outcome(0.0, (), (), before, after)
 
 

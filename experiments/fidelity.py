@@ -1,0 +1,293 @@
+"""How true the Gauss-Newton estimates are: held against really expanded networks.
+
+    python -m experiments.fidelity
+    python -m experiments.fidelity --dataset=cifar10 --data_dir=../shared/tfds --epochs=6
+
+For every network it trains a seed for a few epochs and estimates, on samples that nothing was
+learned on: the split of every channel (three curvatures), added units, and a set of 16 edits at
+once. The truth is the loss of the expanded network on the same samples minus the loss before.
+Writes a picture per network and `fidelity.json`, and ends with a table of goals and readings.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+from absl import app, flags
+
+import tfgrow
+from experiments import datasets, figures, models, tables
+from experiments.expanded import Arrays, true_changes
+from experiments.measures import agreement
+from experiments.progress import Progress
+
+CIFAR_WIDTHS = (8, 8, 16, 16, 32, 32)
+SMALL_WIDTHS = (4, 4, 8, 8, 16, 16)
+CURVATURES = ("exact", "sampled", "empirical")
+SET_SIZE = 16
+
+_NETS = flags.DEFINE_list("nets", ["vgg"], f"Networks to try, of {', '.join(models.variants())}.")
+_DATASET = flags.DEFINE_string("dataset", "digits", "digits, or an image dataset of TFDS.")
+_DATA_DIR = flags.DEFINE_string("data_dir", None, "Where TensorFlow Datasets keeps its data.")
+_WIDTHS = flags.DEFINE_list(
+    "widths", None, "Units per layer of the convolutional networks; by default by image size."
+)
+_EPOCHS = flags.DEFINE_integer("epochs", 6, "Epochs of training before anything is estimated.", 0)
+_SAMPLES = flags.DEFINE_integer("samples", 2048, "Samples estimates and truth are taken on.", 1)
+_STEPS = flags.DEFINE_integer("steps", 50, "Learning steps of theta, a batch of 256 each.", 0)
+_NEW_UNITS = flags.DEFINE_integer("new_units", 4, "Added units tried per layer.", 1)
+_MODEL_FILE = flags.DEFINE_string(
+    "model_file", None, "A trained seed: read if it exists, else written (one network only)."
+)
+_OUTPUT_DIR = flags.DEFINE_string("output_dir", "saved_models/fidelity", "Pictures and JSON.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of everything random.", 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Goal:
+    """A bound on a reading: at least `bound`, or at most."""
+
+    bound: float
+    at_least: bool
+
+    def met(self, reading: float) -> bool:
+        return bool(reading >= self.bound if self.at_least else reading <= self.bound)
+
+    def __str__(self) -> str:
+        return f"{'>=' if self.at_least else '<='} {self.bound:g}"
+
+
+GOALS = {
+    "split exact, Pearson": Goal(0.99, True),
+    "split exact, Spearman": Goal(0.99, True),
+    "split exact, median relative error": Goal(0.04, False),
+    "split sampled, Pearson": Goal(0.98, True),
+    "add exact, Pearson": Goal(0.95, True),
+    "add exact, median relative error": Goal(0.15, False),
+    "set of split, relative error": Goal(0.15, False),
+    "set of add, relative error": Goal(0.15, False),
+    "set of split and add, relative error": Goal(0.15, False),
+    "forward against reverse mode, relative difference": Goal(1e-4, False),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a run of one network needs to know besides the network and the data."""
+
+    samples: int = 2048
+    steps: int = 50
+    new_units: int = 4
+    seed: int = 0
+
+
+def check_network(model: keras.Model, x, y, settings: Settings) -> dict[str, Any]:
+    """All readings of one trained growable network.
+
+    Args:
+      model: growable, compiled, ending in class probabilities.
+      x: images to take disjoint samples from, for learning and for judging.
+      y: their integer labels.
+      settings: how many of what.
+
+    Returns:
+      JSON-ready: `splits` and `adds` hold `keys`, `estimated` (by curvature) and `true`; `sets`
+      what came of 16 at once; `readings` the figures, those with goals by the goals' names.
+    """
+    learn_on, judge_on = disjoint(x, y, settings.samples, settings.seed)
+    splits = _compare(model, "split", CURVATURES, learn_on, judge_on, settings)
+    adds = _compare(model, "add", CURVATURES[:1], learn_on, judge_on, settings)
+    chosen = {
+        " and ".join(kinds): _compare_set(model, kinds, learn_on, judge_on, settings)
+        for kinds in (("split",), ("add",), ("split", "add"))
+    }
+    result = {"splits": splits, "adds": adds, "sets": chosen, "samples": len(judge_on[1])}
+    return {**result, "readings": readings(result)}
+
+
+def disjoint(x, y, samples: int, seed: int) -> tuple[Arrays, Arrays]:
+    """Samples to learn theta on, and others (at most half of all) to judge on."""
+    order = np.random.default_rng(seed).permutation(len(y))
+    count = min(samples, len(y) // 2)
+    return (x[order[count:]], y[order[count:]]), (x[order[:count]], y[order[:count]])
+
+
+def _compare(model, morphism, curvatures, learn_on, judge_on, settings) -> dict[str, Any]:
+    """Every candidate of one kind alone: its estimates and its truth."""
+    candidates = tfgrow.candidates(
+        model, morphism, new_units=settings.new_units, seed=settings.seed
+    )
+    estimator = tfgrow.GaussNewtonEstimator(model, curvature="exact", seed=settings.seed)
+    learned = estimator.learn(
+        candidates, learn_on, settings.steps, progress=Progress(f"{morphism}: learning")
+    )
+    estimated = {}
+    for curvature in curvatures:
+        estimator = tfgrow.GaussNewtonEstimator(model, curvature=curvature, seed=settings.seed)
+        estimated[curvature] = estimator.score(learned, judge_on).tolist()
+    true = true_changes(model, learned, judge_on, Progress(f"{morphism}: expanding"))
+    return {
+        "sites": [candidate.site.name for candidate in learned],
+        "units": [int(candidate.unit) for candidate in learned],
+        "estimated": estimated,
+        "true": true.tolist(),
+    }
+
+
+def _compare_set(model, morphisms, learn_on, judge_on, settings) -> dict[str, Any]:
+    """The set that an oracle chooses, all at once."""
+    oracle = tfgrow.GaussNewtonOracle(
+        morphisms=morphisms,
+        curvature="exact",
+        new_units=settings.new_units,
+        learn_steps=settings.steps,
+        growth_per_step=SET_SIZE,
+        seed=settings.seed,
+    )
+    plan = oracle.propose_plan(
+        model, learn_on, progress=Progress(f"{' and '.join(morphisms)}: choosing {SET_SIZE}")
+    )
+    chosen = list(plan.candidates)
+    if not chosen:
+        return {"size": 0, "reason": plan.reason}
+    estimator = tfgrow.GaussNewtonEstimator(model, curvature="exact", seed=settings.seed)
+    interaction = estimator.interaction(chosen, judge_on)
+    return {
+        "size": len(chosen),
+        "widths": {name: list(pair) for name, pair in plan.widths.items()},
+        "sum of estimates": float(interaction.scores.sum()),
+        "estimated": interaction.change(),
+        "estimated by forward mode": estimator.joint_change(chosen, judge_on),
+        "true": tfgrow.measure_change(model, chosen, judge_on),
+    }
+
+
+def readings(result: dict[str, Any]) -> dict[str, float]:
+    """The figures of one network, by name; those of `GOALS` under the goals' names."""
+    found = {}
+    for kind, part in (("split", result["splits"]), ("add", result["adds"])):
+        for curvature, estimated in part["estimated"].items():
+            match = agreement(estimated, part["true"])
+            found[f"{kind} {curvature}, Pearson"] = match.pearson
+            found[f"{kind} {curvature}, Spearman"] = match.spearman
+            found[f"{kind} {curvature}, median relative error"] = match.median_relative_error
+    chosen = {kinds: part for kinds, part in result["sets"].items() if part["size"]}
+    for kinds, part in chosen.items():
+        found[f"set of {kinds}, relative error"] = _difference(part["estimated"], part["true"])
+    if chosen:
+        found["forward against reverse mode, relative difference"] = max(
+            _difference(part["estimated by forward mode"], part["estimated"])
+            for part in chosen.values()
+        )
+    return found
+
+
+def _difference(value: float, reference: float) -> float:
+    return abs(value - reference) / abs(reference) if value != reference else 0.0
+
+
+def table(found: dict[str, float]) -> list[tuple[Any, ...]]:
+    """Rows of figure, goal, reading, and whether it is met."""
+    rows = []
+    for name, reading in found.items():
+        goal = GOALS.get(name)
+        verdict = "" if goal is None else "met" if goal.met(reading) else "not met"
+        rows.append((name, "" if goal is None else str(goal), float(reading), verdict))
+    return rows
+
+
+def set_table(sets: dict[str, Any]) -> list[tuple[Any, ...]]:
+    """Rows of the sets: edits, sum of single estimates, joint estimate, truth."""
+    names = ("size", "sum of estimates", "estimated", "true")
+    return [(kinds, *(part.get(name) for name in names)) for kinds, part in sets.items()]
+
+
+def trained(net: str, data: datasets.Dataset) -> keras.Model:
+    """A seed network, trained for a few epochs or read from `--model_file`, made growable."""
+    path = _MODEL_FILE.value
+    if path and os.path.exists(path):
+        print(f"{net}: read from {path}")
+        return tfgrow.convert(keras.models.load_model(path))
+    keras.utils.set_random_seed(_SEED.value)
+    model = models.build(net, data.input_shape, data.num_classes, _widths(net, data), _SEED.value)
+    model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
+    progress = Progress(f"{net}: training, epochs")
+    epoch_done = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: progress(epoch + 1, _EPOCHS.value)
+    )
+    model.fit(
+        data.as_dataset("train", 128, seed=_SEED.value),
+        epochs=_EPOCHS.value,
+        verbose=0,
+        callbacks=[epoch_done],
+    )
+    loss, accuracy = model.evaluate(data.as_dataset("val"), verbose=0)
+    print(
+        f"{net}: {model.count_params():,} parameters, val loss {loss:.3f}, accuracy {accuracy:.3f}"
+    )
+    if path:
+        model.save(path)
+    return tfgrow.convert(model)
+
+
+def _widths(net: str, data: datasets.Dataset) -> tuple[int, ...] | None:
+    if net == "mlp":
+        return None
+    if _WIDTHS.value:
+        return tuple(int(width) for width in _WIDTHS.value)
+    return CIFAR_WIDTHS if min(data.input_shape[:2]) >= 28 else SMALL_WIDTHS
+
+
+def report(net: str, result: dict[str, Any], folder: Path) -> None:
+    """Prints a network's tables and draws its pictures."""
+    columns = ("figure", "goal", "reading", "")
+    samples = result["samples"]
+    tables.show(columns, table(result["readings"]), f"\n{net}: on {samples} samples not learned on")
+    columns = ("set of", "edits", "sum of estimates", "joint estimate", "truth")
+    tables.show(columns, set_table(result["sets"]), f"\n{net}: edits applied at once")
+    for part in ("splits", "adds"):
+        one = result[part]
+        path = folder / f"{net}_{part}.png"
+        figures.plot_estimates(one["estimated"]["exact"], one["true"], path, one["sites"])
+        print(f"picture: {path}")
+
+
+def main(argv: list[str]) -> None:
+    """Runs all networks of `--nets`."""
+    if len(argv) > 1:
+        raise app.UsageError(f"Unknown arguments: {argv[1:]}. Flags start with --.")
+    nets = _checked_nets()
+    data = datasets.load(_DATASET.value, _DATA_DIR.value, seed=_SEED.value)
+    settings = Settings(_SAMPLES.value, _STEPS.value, _NEW_UNITS.value, _SEED.value)
+    folder = Path(_OUTPUT_DIR.value)
+    folder.mkdir(parents=True, exist_ok=True)
+    results = {}
+    for net in nets:
+        model = trained(net, data)
+        results[net] = check_network(model, data.x_train, data.y_train, settings)
+        report(net, results[net], folder)
+        run = {
+            "flags": {**dataclasses.asdict(settings), "dataset": _DATASET.value},
+            "nets": results,
+        }
+        (folder / "fidelity.json").write_text(json.dumps(run, indent=1))
+    print(f"all figures: {folder / 'fidelity.json'}")
+
+
+def _checked_nets() -> list[str]:
+    unknown = [net for net in _NETS.value if net not in models.variants()]
+    if unknown or not _NETS.value:
+        raise app.UsageError(f"--nets={unknown}: expected some of {', '.join(models.variants())}.")
+    if _MODEL_FILE.value and len(_NETS.value) > 1:
+        raise app.UsageError(f"--model_file holds one network, --nets names {len(_NETS.value)}.")
+    return _NETS.value
+
+
+if __name__ == "__main__":
+    app.run(main)

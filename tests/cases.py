@@ -1,0 +1,347 @@
+"""The table of tiny models: one row per kind of layer and topology that can grow.
+
+The tests cross it with properties. A new layer type or topology is one new row here, and every
+property runs on it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import keras
+import numpy as np
+from keras import layers
+
+import tfgrow
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A tiny stock model.
+
+    Attributes:
+      name: of the case.
+      build: makes the stock model.
+      sites: names of the sites that can grow, in order.
+      smooth: whether the model has no kinks, so that finite differences are exact.
+    """
+
+    name: str
+    build: Callable[[], keras.Model]
+    sites: tuple[str, ...]
+    smooth: bool = False
+
+    def stock(self, seed: int = 0) -> keras.Model:
+        """The stock model, with weights and statistics as if it had been trained."""
+        keras.utils.set_random_seed(seed)
+        model = self.build()
+        randomize(model, seed)
+        return model
+
+    def model(self, seed: int = 0) -> keras.Model:
+        """The growable model."""
+        return tfgrow.convert(self.stock(seed))
+
+
+CASES: list[Case] = []
+
+
+def case(*sites: str, smooth: bool = False):
+    """Puts a function that builds a model into the table."""
+
+    def enter(build):
+        CASES.append(Case(build.__name__, build, sites, smooth))
+        return build
+
+    return enter
+
+
+def by_name(name: str) -> Case:
+    return next(entry for entry in CASES if entry.name == name)
+
+
+def randomize(model: keras.Model, seed: int = 0) -> None:
+    """Gives biases, slopes and statistics values that a trained model could have."""
+    rng = np.random.default_rng(seed)
+    for variable in model.variables:
+        if not variable.dtype.startswith("float"):
+            continue
+        shape, name = variable.shape, variable.name
+        if name in ("bias", "beta", "moving_mean"):
+            variable.assign(0.3 * rng.standard_normal(shape))
+        elif name in ("gamma", "moving_variance"):
+            variable.assign(rng.uniform(0.5, 1.5, shape))
+        elif name == "alpha":
+            variable.assign(rng.uniform(0.1, 0.4, shape))
+
+
+def inputs_of(model: keras.Model, samples: int, seed: int = 0):
+    """Random inputs: one array, or a list for a model of several inputs."""
+    rng = np.random.default_rng(seed)
+    arrays = [
+        rng.standard_normal((samples, *tensor.shape[1:])).astype("float32")
+        for tensor in model.inputs
+    ]
+    return arrays[0] if len(arrays) == 1 else arrays
+
+
+def regression_data(model: keras.Model, samples: int = 12, seed: int = 0):
+    """`(x, y)` for the squared error."""
+    rng = np.random.default_rng([seed, 1])
+    targets = rng.standard_normal((samples, *model.output_shape[1:])).astype("float32")
+    return inputs_of(model, samples, seed), targets
+
+
+def class_data(model: keras.Model, samples: int = 12, seed: int = 0):
+    """`(x, labels)` for sparse cross-entropy."""
+    rng = np.random.default_rng([seed, 2])
+    labels = rng.integers(model.output_shape[-1], size=(samples, *model.output_shape[1:-1]))
+    return inputs_of(model, samples, seed), labels
+
+
+# ---- the table ------------------------------------------------------------------------------
+
+
+@case("conv1", "conv2")
+def conv_bn_relu():
+    inputs = keras.Input((6, 6, 2))
+    x = layers.Conv2D(3, 3, padding="same", use_bias=False, name="conv1")(inputs)
+    x = layers.BatchNormalization(name="bn1")(x)
+    x = layers.ReLU(name="relu1")(x)
+    x = layers.Conv2D(4, 3, padding="same", name="conv2")(x)
+    x = layers.BatchNormalization(name="bn2")(x)
+    x = layers.Activation("relu", name="relu2")(x)
+    x = layers.MaxPooling2D(2, name="pool")(x)
+    x = layers.GlobalAveragePooling2D(name="gap")(x)
+    return keras.Model(inputs, layers.Dense(3, name="out")(x))
+
+
+@case("conv1", "conv2")
+def strides_valid_flatten():
+    inputs = keras.Input((7, 6, 2))
+    x = layers.Conv2D(3, (3, 2), strides=(2, 1), padding="valid", name="conv1")(inputs)
+    x = layers.LeakyReLU(name="leaky")(x)
+    x = layers.Conv2D(2, 2, strides=2, padding="same", name="conv2")(x)
+    x = layers.ELU(name="elu")(x)
+    x = layers.Flatten(name="flatten")(x)
+    return keras.Model(inputs, layers.Dense(3, name="out")(x))
+
+
+@case("conv1", "conv2", smooth=True)
+def dilated_no_bias():
+    inputs = keras.Input((7, 7, 2))
+    x = layers.Conv2D(3, 2, dilation_rate=2, use_bias=False, activation="gelu", name="conv1")(inputs)
+    x = layers.Conv2D(
+        2, 2, dilation_rate=2, padding="same", use_bias=False, activation="tanh", name="conv2"
+    )(x)
+    x = layers.AveragePooling2D(2, name="pool")(x)
+    x = layers.Flatten(name="flatten")(x)
+    return keras.Model(inputs, layers.Dense(2, use_bias=False, name="out")(x))
+
+
+@case("conv1", "conv2", "conv3")
+def conv1d_causal():
+    inputs = keras.Input((7, 2))
+    x = layers.Conv1D(3, 3, padding="causal", activation="relu", name="conv1")(inputs)
+    x = layers.ZeroPadding1D(1, name="pad")(x)
+    x = layers.Conv1D(3, 2, padding="causal", dilation_rate=2, name="conv2")(x)
+    x = layers.BatchNormalization(name="bn")(x)
+    x = layers.ReLU(name="relu")(x)
+    x = layers.MaxPooling1D(2, name="pool")(x)
+    x = layers.Conv1D(2, 2, strides=2, activation="relu", name="conv3")(x)
+    x = layers.Flatten(name="flatten")(x)
+    return keras.Model(inputs, layers.Dense(2, name="out")(x))
+
+
+@case("conv1", "conv2")
+def conv3d():
+    inputs = keras.Input((4, 4, 4, 1))
+    x = layers.Conv3D(3, 2, activation="relu", name="conv1")(inputs)
+    x = layers.SpatialDropout3D(0.5, name="drop")(x)
+    x = layers.Conv3D(2, 2, padding="same", strides=(1, 2, 1), activation="relu", name="conv2")(x)
+    x = layers.GlobalMaxPooling3D(name="pool")(x)
+    return keras.Model(inputs, layers.Dense(2, name="out")(x))
+
+
+@case("conv1", "dense1", smooth=True)
+def bn_after_activation():
+    inputs = keras.Input((5, 5, 2))
+    x = layers.Conv2D(3, 3, activation="tanh", name="conv1")(inputs)
+    x = layers.BatchNormalization(name="bn1")(x)
+    x = layers.Flatten(name="flatten")(x)
+    x = layers.Dense(3, activation="softplus", name="dense1")(x)
+    x = layers.BatchNormalization(scale=False, name="bn2")(x)
+    return keras.Model(inputs, layers.Dense(3, name="out")(x))
+
+
+@case("conv1", "conv2")
+def bn_after_flatten():
+    inputs = keras.Input((4, 4, 2))
+    x = layers.Conv2D(3, 2, name="conv1")(inputs)
+    x = layers.BatchNormalization(center=False, name="bn1")(x)
+    x = layers.ReLU(max_value=2.0, negative_slope=0.1, name="relu1")(x)
+    x = layers.Conv2D(2, 2, name="conv2")(x)
+    x = layers.Flatten(name="flatten")(x)
+    x = layers.BatchNormalization(name="bn2")(x)
+    x = layers.ReLU(name="relu2")(x)
+    return keras.Model(inputs, layers.Dense(3, name="out")(x))
+
+
+@case("conv1", "conv2", "dense1")
+def prelu():
+    inputs = keras.Input((4, 4, 2))
+    x = layers.Conv2D(3, 3, padding="same", name="conv1")(inputs)
+    x = layers.PReLU(shared_axes=(1, 2), name="prelu1")(x)
+    x = layers.Conv2D(3, 3, padding="same", name="conv2")(x)
+    x = layers.PReLU(name="prelu2")(x)
+    x = layers.GlobalAveragePooling2D(name="gap")(x)
+    x = layers.Dense(3, name="dense1")(x)
+    x = layers.PReLU(shared_axes=(1,), name="prelu3")(x)
+    return keras.Model(inputs, layers.Dense(2, name="out")(x))
+
+
+@case("conv1", "conv2")
+def depthwise():
+    inputs = keras.Input((5, 5, 2))
+    x = layers.Conv2D(3, 1, name="conv1")(inputs)
+    x = layers.DepthwiseConv2D(3, padding="same", activation="relu", name="dw1")(x)
+    x = layers.BatchNormalization(name="bn")(x)
+    x = layers.Conv2D(2, 1, name="conv2")(x)
+    x = layers.DepthwiseConv2D(2, depth_multiplier=2, use_bias=False, strides=2, name="dw2")(x)
+    x = layers.ReLU(name="relu")(x)
+    x = layers.Flatten(name="flatten")(x)
+    return keras.Model(inputs, layers.Dense(2, name="out")(x))
+
+
+@case("conv1", "conv2")
+def multiplied_depthwise_with_statistics():
+    inputs = keras.Input((4, 4, 2))
+    x = layers.Conv2D(2, 1, activation="relu", name="conv1")(inputs)
+    x = layers.DepthwiseConv2D(2, depth_multiplier=2, use_bias=False, name="dw1")(x)
+    x = layers.DepthwiseConv2D(2, depth_multiplier=2, use_bias=False, name="dw2")(x)
+    x = layers.BatchNormalization(name="bn")(x)
+    x = layers.ReLU(name="relu")(x)
+    x = layers.Conv2D(2, 2, activation="relu", name="conv2")(x)
+    x = layers.Flatten(name="flatten")(x)
+    return keras.Model(inputs, layers.Dense(2, name="out")(x))
+
+
+@case("conv1", "conv2")
+def padding_cropping_upsampling():
+    inputs = keras.Input((5, 5, 2))
+    x = layers.Conv2D(2, 2, name="conv1")(inputs)
+    x = layers.ZeroPadding2D(((1, 0), (0, 2)), name="pad")(x)
+    x = layers.ReLU(name="relu1")(x)
+    x = layers.UpSampling2D(2, name="up")(x)
+    x = layers.Cropping2D(((1, 2), (3, 1)), name="crop")(x)
+    x = layers.Conv2D(2, 3, strides=2, name="conv2")(x)
+    x = layers.Rescaling(0.5, offset=0.1, name="rescale")(x)
+    x = layers.AveragePooling2D(2, strides=1, padding="same", name="average")(x)
+    x = layers.MaxPooling2D(2, strides=1, name="overlapping")(x)
+    x = layers.Flatten(name="flatten")(x)
+    return keras.Model(inputs, layers.Dense(2, name="out")(x))
+
+
+@case("dense1", "dense2")
+def perceptron():
+    return keras.Sequential(
+        [
+            keras.Input((5,)),
+            layers.Dense(4, activation="relu", name="dense1"),
+            layers.Dropout(0.5, name="drop"),
+            layers.Dense(3, name="dense2"),
+            layers.BatchNormalization(name="bn"),
+            layers.Activation("swish", name="swish"),
+            layers.GaussianNoise(0.1, name="noise"),
+            layers.Dense(3, name="out"),
+        ]
+    )
+
+
+@case("dense1", "dense2", smooth=True)
+def dense_on_sequences():
+    inputs = keras.Input((4, 3))
+    x = layers.Dense(3, activation="elu", name="dense1")(inputs)
+    x = layers.SpatialDropout1D(0.2, name="drop")(x)
+    x = layers.Dense(2, activation="silu", name="dense2")(x)
+    x = layers.GlobalAveragePooling1D(name="gap")(x)
+    return keras.Model(inputs, layers.Dense(2, name="out")(x))
+
+
+@case("stem", "left")
+def several_consumers():
+    inputs = keras.Input((6, 6, 2))
+    x = layers.Conv2D(3, 3, name="stem")(inputs)
+    x = layers.BatchNormalization(name="bn")(x)
+    x = layers.ReLU(name="relu")(x)
+    left = layers.Conv2D(2, 3, padding="same", activation="relu", name="left")(x)
+    left = layers.Conv2D(2, 1, name="left2")(left)
+    right = layers.Conv2D(2, 1, name="right")(x)
+    pooled = layers.GlobalAveragePooling2D(name="gap")(x)
+    pooled = layers.Dense(2, name="pooled")(pooled)
+    merged = layers.Add(name="merge")([left, right])
+    merged = layers.GlobalMaxPooling2D(name="gmp")(merged)
+    return keras.Model(inputs, layers.Add(name="sum")([merged, pooled]))
+
+
+@case("inner", "deeper")
+def residual():
+    inputs = keras.Input((5, 5, 3))
+    x = layers.Conv2D(3, 3, padding="same", name="stem")(inputs)
+    y = layers.Conv2D(2, 3, padding="same", name="inner")(x)
+    y = layers.BatchNormalization(name="bn1")(y)
+    y = layers.ReLU(name="relu1")(y)
+    y = layers.Conv2D(4, 1, activation="relu", name="deeper")(y)
+    y = layers.Conv2D(3, 3, padding="same", name="back")(y)
+    y = layers.BatchNormalization(name="bn2")(y)
+    x = layers.Add(name="add")([x, y])
+    x = layers.ReLU(name="relu2")(x)
+    x = layers.GlobalAveragePooling2D(name="gap")(x)
+    return keras.Model(inputs, layers.Dense(2, name="out")(x))
+
+
+@case("conv1")
+def augmented():
+    inputs = keras.Input((6, 6, 2))
+    x = layers.RandomFlip("horizontal", seed=3, name="flip")(inputs)
+    x = layers.RandomTranslation(0.2, 0.2, seed=3, name="shift")(x)
+    x = layers.Rescaling(0.7, offset=-0.1, name="rescale")(x)
+    x = layers.Conv2D(3, 3, activation="relu", name="conv1")(x)
+    x = layers.GlobalAveragePooling2D(name="gap")(x)
+    x = layers.Dense(3, name="logits")(x)
+    return keras.Model(inputs, layers.Softmax(name="softmax")(x))
+
+
+@case("conv1", "conv2", "hidden")
+def nested():
+    features = keras.Sequential(
+        [
+            keras.Input((6, 6, 2)),
+            layers.Conv2D(3, 3, activation="relu", name="conv1"),
+            layers.Conv2D(2, 3, name="conv2"),
+        ],
+        name="features",
+    )
+    hidden = keras.Input((2, 2, 2))
+    middle = layers.ReLU(name="relu")(hidden)
+    classifier = keras.Model(
+        hidden,
+        layers.Dense(3, activation="tanh", name="hidden")(layers.Flatten(name="flatten")(middle)),
+        name="classifier",
+    )
+    inputs = keras.Input((6, 6, 2))
+    x = layers.ZeroPadding2D(1, name="pad")(inputs)
+    x = layers.Cropping2D(1, name="crop")(x)
+    x = classifier(features(x))
+    return keras.Model(inputs, layers.Dense(2, name="out")(x))
+
+
+@case("first", "hidden")
+def two_inputs():
+    one, two = keras.Input((3,), name="one"), keras.Input((2,), name="two")
+    x = layers.Dense(3, activation="relu", name="first")(one)
+    x = layers.Dense(2, name="project")(x)
+    x = layers.Add(name="add")([x, two])
+    x = layers.Dense(3, activation="relu", name="hidden")(x)
+    return keras.Model([one, two], layers.Dense(2, name="out")(x))
