@@ -20,12 +20,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 from absl import app, flags
 
 import tfgrow
@@ -36,6 +37,7 @@ from experiments.rival import RivalTimes, time_rival
 CIFAR_WIDTHS = (8, 8, 16, 16, 32, 32)
 SMALL_WIDTHS = (4, 4, 8, 8, 16, 16)
 PARTS = ("fit", "round", "rival", "double")
+SET_SIZE = 16
 
 GOALS = {
     "growth work in the time of a growing fit": ("<=", 0.10),
@@ -44,100 +46,55 @@ GOALS = {
     "doubled widths: factor of a round over factor of a train step": ("<=", 1.2),
 }
 
-_DATASET = flags.DEFINE_string("dataset", "digits", "digits, or an image dataset of TFDS.")
-_DATA_DIR = flags.DEFINE_string("data_dir", None, "Where TensorFlow Datasets keeps its data.")
-_MODEL = flags.DEFINE_enum("model", "vgg", models.variants(), "The network to grow.")
-_WIDTHS = flags.DEFINE_list("widths", None, "Units per layer; by default by image size.")
-_PARTS = flags.DEFINE_list("parts", list(PARTS), f"What to measure, of {', '.join(PARTS)}.")
-_EPOCHS = flags.DEFINE_integer("epochs", 8, "Epochs of the growing fit.", 1)
-_EVERY = flags.DEFINE_integer("every", 2, "The growing fit grows every so many epochs.", 1)
-_BUDGET = flags.DEFINE_float("budget", 4.0, "Its budget, in multiples of the seed's parameters.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 128, "Samples per batch, of all batches.", 1)
-_MAX_TRAIN = flags.DEFINE_integer("max_train", None, "Use at most so many training images.")
-_MORPHISMS = flags.DEFINE_list("morphisms", ["split", "add"], "Kinds of edits.")
-_CURVATURE = flags.DEFINE_string("curvature", None, "exact, sampled, ...; by default the oracle's.")
-_PER_SITE = flags.DEFINE_integer("per_site", 1, "Rivals timed per site and kind of edit.", 1)
-_ALL = flags.DEFINE_bool("all", False, "Time the rival of every candidate; nothing extrapolated.")
-_REPEATS = flags.DEFINE_integer("repeats", 3, "Alternating readings of round and epoch.", 1)
-_OUTPUT_DIR = flags.DEFINE_string("output_dir", "saved_models/cost", "Where cost.json goes.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of everything random.", 0)
 
-Clock = Callable[[], float]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Setting:
-    """What one round of growth is made of: the oracle's defaults, unless a flag says otherwise.
-
-    Attributes:
-      morphisms, curvature, new_units, learn_steps, learning_rate: as the oracle takes them.
-      learn: batches to learn on.
-      score: batches to score on.
-      seed: of everything random.
-    """
-
-    morphisms: tuple[str, ...]
-    curvature: str
-    new_units: int
-    learn_steps: int
-    learning_rate: float
-    learn: list
-    score: list
-    seed: int
-
-
-def make_setting(data, morphisms: Sequence[str], curvature: str | None, seed: int) -> Setting:
-    """The setting of `GaussNewtonOracle()` on batches of a `tf.data.Dataset`."""
-    options = {} if curvature is None else {"curvature": curvature}
-    oracle = tfgrow.GaussNewtonOracle(morphisms=tuple(morphisms), seed=seed, **options)
-    parts = oracle.split(data)
-    return Setting(
-        oracle.morphisms,
-        oracle.curvature,
-        oracle.new_units,
-        oracle.learn_steps,
-        oracle.learning_rate,
-        parts.learn,
-        parts.score,
-        seed,
+def make_oracle(options: Any, **settings: Any) -> tfgrow.GaussNewtonOracle:
+    """The oracle with its defaults, except for what the flags say."""
+    if options.curvature is not None:
+        settings["curvature"] = options.curvature
+    return tfgrow.GaussNewtonOracle(
+        morphisms=tuple(options.morphisms), seed=options.seed, **settings
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class Round:
-    """Seconds of one round over every channel.
+    """Seconds of one round over every channel: what an oracle does to propose a plan.
 
     Attributes:
       seconds: all of it, tracing included.
+      phases: seconds by phase.
       learning_step: a learning step once it is traced.
       steps: learning steps and the batches that settle closed forms after them.
-      candidates: how many it served.
     """
 
     seconds: float
+    phases: dict[str, float]
     learning_step: float
     steps: int
-    candidates: int
 
 
-def time_round(model: keras.Model, setting: Setting) -> tuple[Round, list[tfgrow.Candidate]]:
-    """Makes, learns and scores the candidates of every site; also returns them as they began."""
+def time_round(model: keras.Model, oracle: tfgrow.GaussNewtonOracle, parts: Any) -> Round:
+    """Makes, learns and scores the candidates of every site and chooses among them.
+
+    Args:
+      model: the growable model.
+      oracle: whose settings count.
+      parts: its `split` of a dataset.
+    """
     ticks = []
     started = time.perf_counter()
-    found = tfgrow.candidates(
-        model, setting.morphisms, new_units=setting.new_units, seed=setting.seed
+    plan = oracle.propose_plan(
+        model, parts, progress=lambda done, total: ticks.append(time.perf_counter())
     )
-    estimator = tfgrow.GaussNewtonEstimator(model, curvature=setting.curvature, seed=setting.seed)
-    learned = estimator.learn(
-        found,
-        setting.learn,
-        setting.learn_steps,
-        setting.learning_rate,
-        progress=lambda done, total: ticks.append(time.perf_counter()),
-    )
-    estimator.score(learned, setting.score)
     seconds = time.perf_counter() - started
-    return Round(seconds, float(np.median(np.diff(ticks))), len(ticks), len(found)), found
+    return Round(seconds, dict(plan.seconds), float(np.median(np.diff(ticks))), len(ticks))
+
+
+def every_candidate(model: keras.Model, oracle) -> list[tfgrow.Candidate]:
+    """The candidates of a round, as it begins with them."""
+    return tfgrow.candidates(
+        model, oracle.morphisms, new_units=oracle.new_units, seed=oracle.seed or 0
+    )
 
 
 class Stopwatch(tfgrow.callbacks.Growth):
@@ -210,6 +167,7 @@ def growing_fit(model: keras.Model, oracle, data, val, epochs: int, every: int) 
         data,
         validation_data=val,
         epochs=epochs,
+        shuffle=False,
         verbose=0,
         callbacks=[growth, on_epoch_end(lambda epoch: progress(epoch + 1, epochs))],
     )
@@ -237,19 +195,19 @@ def on_epoch_end(call: Callable[[int], None]) -> keras.callbacks.Callback:
 def time_epoch(model: keras.Model, data) -> float:
     """Seconds of one epoch of training that is traced already."""
     started = time.perf_counter()
-    model.fit(data, epochs=1, verbose=0)
+    model.fit(data, epochs=1, shuffle=False, verbose=0)
     return time.perf_counter() - started
 
 
 def rounds_and_epochs(
-    model: keras.Model, data, setting: Setting, repeats: int
+    model: keras.Model, data, oracle, parts, repeats: int
 ) -> tuple[list[Round], list[float]]:
     """Rounds and epochs taken in turn, so that both see the same neighbours on the machine."""
-    model.fit(data.take(2), epochs=1, verbose=0)  # traces the train function
+    model.fit(data.take(2), epochs=1, shuffle=False, verbose=0)  # traces the train function
     rounds, epochs = [], []
     progress = Progress("rounds and epochs")
     for number in range(repeats):
-        rounds.append(time_round(model, setting)[0])
+        rounds.append(time_round(model, oracle, parts))
         epochs.append(time_epoch(model, data))
         progress(number + 1, repeats)
     return rounds, epochs
@@ -260,37 +218,46 @@ def middle(rounds: Sequence[Round], epochs: Sequence[float]) -> tuple[float, flo
     return float(np.median([r.seconds for r in rounds])), float(np.median(epochs))
 
 
-def rivals(
-    model: keras.Model, setting: Setting, steps: int, per_site: int | None
-) -> tuple[list[tuple[str, str, RivalTimes]], dict[tuple[str, str], int]]:
+def rivals(model: keras.Model, oracle, parts, steps: int, per_site: int | None) -> dict[str, Any]:
     """Times the rival for some candidates of every site and kind of edit.
 
     Args:
       model: the growable model.
-      setting: of the round.
+      oracle: whose candidates count.
+      parts: the data of its round.
       steps: learning steps of the round, those that settle closed forms included.
       per_site: how many of each site and kind; None for all.
 
     Returns:
-      `(site, morphism, times)` of those timed, and how many candidates of each there are.
+      `candidates` in all, those `timed`, and the `seconds for all`.
     """
-    found = tfgrow.candidates(
-        model, setting.morphisms, new_units=setting.new_units, seed=setting.seed
-    )
+    found = every_candidate(model, oracle)
     by_kind: dict[tuple[str, str], list] = {}
     for candidate in found:
         by_kind.setdefault((candidate.site.name, candidate.morphism), []).append(candidate)
     tried = [c for group in by_kind.values() for c in group[:per_site]]
     progress, timed = Progress("rivals"), []
     for number, candidate in enumerate(tried):
-        times = time_rival(model, candidate, setting.learn, setting.score, steps)
+        times = time_rival(model, candidate, parts.learn, parts.score, steps)
         timed.append((candidate.site.name, candidate.morphism, times))
         progress(number + 1, len(tried))
-    return timed, {kind: len(group) for kind, group in by_kind.items()}
+    counts = {kind: len(group) for kind, group in by_kind.items()}
+    return {
+        "candidates": len(found),
+        "timed": [{"site": s, "morphism": m, **dataclasses.asdict(t)} for s, m, t in timed],
+        "seconds for all": extrapolate(timed, counts),
+    }
 
 
-def extrapolate(timed, counts) -> dict[str, float]:
-    """Seconds for all candidates: each site's and kind's mean times how many there are."""
+def extrapolate(
+    timed: Sequence[tuple[str, str, RivalTimes]], counts: Mapping[tuple[str, str], int]
+) -> dict[str, float]:
+    """Seconds for all candidates: each site's and kind's mean times how many there are.
+
+    Args:
+      timed: `(site, morphism, times)` of those that were timed.
+      counts: how many there are of each site and kind.
+    """
     totals = {"seconds": 0.0, "build": 0.0, "trace": 0.0, "learn": 0.0, "evaluate": 0.0}
     for kind, count in counts.items():
         mine = [times for site, morphism, times in timed if (site, morphism) == kind]
@@ -299,63 +266,65 @@ def extrapolate(timed, counts) -> dict[str, float]:
     return totals
 
 
-def measure(parts: Sequence[str], data: datasets.Dataset, make: Callable[[float], keras.Model]):
-    """All the readings asked for, JSON-ready: `{"readings": {...}, "details": {...}}`.
+def measure(
+    data: datasets.Dataset, make: Callable[[float], keras.Model], options: Any
+) -> dict[str, Any]:
+    """The readings that `options.parts` names, JSON-ready.
 
     Args:
-      parts: some of `PARTS`.
       data: images.
       make: a factor on the widths -> a compiled growable network.
+      options: the values of the flags, as attributes.
+
+    Returns:
+      `{"readings": {ratio: value}, "details": {part: what it was taken from}}`.
     """
-    train = data.as_dataset("train", _BATCH_SIZE.value, seed=_SEED.value)
-    readings: dict[str, float] = {}
-    details: dict[str, Any] = {}
-    setting = make_setting(train, _MORPHISMS.value, _CURVATURE.value, _SEED.value)
+    train = data.as_dataset("train", options.batch_size, seed=options.seed)
+    val = data.as_dataset("val", options.batch_size)
+    parts, readings, details = set(options.parts), {}, {}
     if "fit" in parts:
-        details["fit"] = _fit_part(make(1.0), train, data.as_dataset("val", _BATCH_SIZE.value))
+        details["fit"] = _fit_part(make(1.0), train, val, options)
         readings["growth work in the time of a growing fit"] = details["fit"]["share"]
-    if {"round", "rival", "double"} & set(parts):
+    if parts & {"round", "rival", "double"}:
         model = make(1.0)
-        rounds, epochs = rounds_and_epochs(model, train, setting, _REPEATS.value)
+        # What it may choose doesn't matter here, but that every candidate is in the running does.
+        oracle = make_oracle(options, growth_per_step=SET_SIZE)
+        pieces = oracle.split(train)
+        rounds, epochs = rounds_and_epochs(model, train, oracle, pieces, options.repeats)
         one_round, epoch = middle(rounds, epochs)
         readings["a round over every channel, in epochs"] = one_round / epoch
-        details["round"] = {"rounds": _plain(rounds), "epochs": epochs}
+        count = len(every_candidate(model, oracle))
+        details["round"] = {"rounds": _plain(rounds), "epochs": epochs, "candidates": count}
     if "rival" in parts:
-        per_site = None if _ALL.value else _PER_SITE.value
-        timed, counts = rivals(model, setting, rounds[0].steps, per_site)
-        total = extrapolate(timed, counts)
+        per_site = None if options.all else options.per_site
+        details["rival"] = rivals(model, oracle, pieces, rounds[0].steps, per_site)
+        total = details["rival"]["seconds for all"]
         readings["rival over round, for the same candidates"] = total["seconds"] / one_round
-        without = (total["learn"] + total["evaluate"]) / one_round
-        readings["the same, building and tracing given to the rival for free"] = without
-        details["rival"] = {
-            "candidates": sum(counts.values()),
-            "timed": [{"site": s, "morphism": m, **dataclasses.asdict(t)} for s, m, t in timed],
-            "seconds for all": total,
-        }
+        bare = (total["learn"] + total["evaluate"]) / one_round
+        readings["the same, building and tracing given to the rival for free"] = bare
     if "double" in parts:
-        wide_rounds, wide_epochs = rounds_and_epochs(make(2.0), train, setting, _REPEATS.value)
-        wide_round, wide_epoch = middle(wide_rounds, wide_epochs)
-        factors = wide_round / one_round, wide_epoch / epoch
-        readings["doubled widths: factor of a round"] = factors[0]
-        readings["doubled widths: factor of a train step"] = factors[1]
-        name = "doubled widths: factor of a round over factor of a train step"
-        readings[name] = factors[0] / factors[1]
-        details["double"] = {"rounds": _plain(wide_rounds), "epochs": wide_epochs}
+        wide, wide_epochs = rounds_and_epochs(make(2.0), train, oracle, pieces, options.repeats)
+        details["double"] = {"rounds": _plain(wide), "epochs": wide_epochs}
+        wide_round, wide_epoch = middle(wide, wide_epochs)
+        readings |= doubling(wide_round / one_round, wide_epoch / epoch)
     return {"readings": readings, "details": details}
 
 
-def _fit_part(model, train, val) -> dict[str, Any]:
-    options = {} if _CURVATURE.value is None else {"curvature": _CURVATURE.value}
-    oracle = tfgrow.GaussNewtonOracle(
-        morphisms=tuple(_MORPHISMS.value),
-        max_params=round(_BUDGET.value * model.count_params()),
-        seed=_SEED.value,
-        **options,
-    )
-    return growing_fit(model, oracle, train, val, _EPOCHS.value, _EVERY.value)
+def doubling(round_factor: float, step_factor: float) -> dict[str, float]:
+    """What doubling all widths multiplied, as readings."""
+    return {
+        "doubled widths: factor of a round": round_factor,
+        "doubled widths: factor of a train step": step_factor,
+        "doubled widths: factor of a round over factor of a train step": round_factor / step_factor,
+    }
 
 
-def _plain(rounds: Sequence[Round]) -> list[dict[str, float]]:
+def _fit_part(model, train, val, options) -> dict[str, Any]:
+    oracle = make_oracle(options, max_params=round(options.budget * model.count_params()))
+    return growing_fit(model, oracle, train, val, options.epochs, options.every)
+
+
+def _plain(rounds: Sequence[Round]) -> list[dict[str, Any]]:
     return [dataclasses.asdict(one) for one in rounds]
 
 
@@ -399,47 +368,79 @@ def report(result: dict[str, Any]) -> None:
     tables.show(("ratio", "goal", "reading", ""), table(result["readings"]), "\ncost")
 
 
-def network(data: datasets.Dataset, factor: float) -> keras.Model:
+def network(data: datasets.Dataset, factor: float, options: Any) -> keras.Model:
     """The seed network with widths times `factor`, compiled and growable."""
-    widths = _widths(data)
-    keras.utils.set_random_seed(_SEED.value)
-    model = models.build(
-        _MODEL.value,
-        data.input_shape,
-        data.num_classes,
-        [round(factor * width) for width in widths],
-        _SEED.value,
-    )
+    keras.utils.set_random_seed(options.seed)
+    widths = [round(factor * width) for width in _widths(data, options)]
+    model = models.build(options.model, data.input_shape, data.num_classes, widths, options.seed)
     model = tfgrow.convert(model)
     model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
     return model
 
 
-def _widths(data: datasets.Dataset) -> tuple[int, ...]:
-    if _WIDTHS.value:
-        return tuple(int(width) for width in _WIDTHS.value)
-    if _MODEL.value == "mlp":
-        return models.VARIANTS["mlp"].widths
-    return CIFAR_WIDTHS if min(data.input_shape[:2]) >= 28 else SMALL_WIDTHS
+def _widths(data: datasets.Dataset, options) -> list[int]:
+    if options.widths:
+        return [int(width) for width in options.widths]
+    if options.model == "mlp":
+        return list(models.VARIANTS["mlp"].widths)
+    return list(CIFAR_WIDTHS if min(data.input_shape[:2]) >= 28 else SMALL_WIDTHS)
 
 
-def main(argv: list[str]) -> None:
-    """Measures what `--parts` names."""
-    if len(argv) > 1:
-        raise app.UsageError(f"Unknown arguments: {argv[1:]}. Flags start with --.")
-    unknown = sorted(set(_PARTS.value) - set(PARTS))
-    if unknown or not _PARTS.value:
-        raise app.UsageError(f"--parts={unknown}: expected some of {', '.join(PARTS)}.")
+def run(options: Any) -> dict[str, Any]:
+    """Measures, prints and writes; `options` are the values of the flags, as attributes."""
     data = datasets.load(
-        _DATASET.value, _DATA_DIR.value, seed=_SEED.value, max_train=_MAX_TRAIN.value
+        options.dataset, options.data_dir, seed=options.seed, max_train=options.max_train
     )
-    result = measure(_PARTS.value, data, lambda factor: network(data, factor))
-    folder = Path(_OUTPUT_DIR.value)
+    result = measure(data, lambda factor: network(data, factor, options), options)
+    folder = Path(options.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "cost.json").write_text(json.dumps(result, indent=1))
     report(result)
     print(f"all figures: {folder / 'cost.json'}")
+    return result
+
+
+# Not at the top: binaries that define flags of the same names can then be imported side by side.
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
+    """Defines this binary's flags."""
+    for name, default, text in (
+        ("dataset", "digits", "digits, or an image classification dataset of TFDS."),
+        ("data_dir", None, "Where TensorFlow Datasets keeps its data."),
+        ("curvature", None, "exact, sampled, empirical or auto; by default the oracle's."),
+        ("output_dir", "saved_models/cost", "Where cost.json goes."),
+    ):
+        flags.DEFINE_string(name, default, text, flag_values=values)
+    for name, number, text, least in (
+        ("epochs", 8, "Epochs of the growing fit.", 1),
+        ("every", 2, "The growing fit grows every so many epochs.", 1),
+        ("batch_size", 128, "Samples per batch, in training and in growing.", 1),
+        ("max_train", None, "Use at most so many training images.", 1),
+        ("per_site", 1, "Rivals timed per site and kind of edit.", 1),
+        ("repeats", 3, "Alternating readings of rounds and epochs.", 1),
+        ("seed", 0, "Of everything random.", 0),
+    ):
+        flags.DEFINE_integer(name, number, text, least, flag_values=values)
+    flags.DEFINE_float("budget", 4.0, "Of the fit, in parameters of the seed.", flag_values=values)
+    flags.DEFINE_bool("all", False, "Time the rival of every candidate.", flag_values=values)
+    flags.DEFINE_enum("model", "vgg", models.variants(), "Network to grow.", flag_values=values)
+    flags.DEFINE_list("widths", None, "Units per layer; default by image size.", flag_values=values)
+    flags.DEFINE_list("morphisms", ["split", "add"], "Kinds of edits.", flag_values=values)
+    flags.DEFINE_list("parts", list(PARTS), f"What to measure: {PARTS}.", flag_values=values)
+
+    @flags.validator("parts", f"expected some of {', '.join(PARTS)}", flag_values=values)
+    def _known(parts):
+        return bool(parts) and set(parts) <= set(PARTS)
+
+
+def main(argv: list[str]) -> None:
+    """Entry point; see the module's docstring."""
+    if len(argv) > 1:
+        raise app.UsageError(f"Unknown arguments: {argv[1:]}. Flags start with --.")
+    # Many small networks are traced on purpose; TensorFlow takes that for a mistake.
+    tf.get_logger().setLevel("ERROR")
+    run(flags.FLAGS)
 
 
 if __name__ == "__main__":
+    define_flags()
     app.run(main)

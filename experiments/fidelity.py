@@ -19,6 +19,7 @@ from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 from absl import app, flags
 
 import tfgrow
@@ -31,22 +32,6 @@ CIFAR_WIDTHS = (8, 8, 16, 16, 32, 32)
 SMALL_WIDTHS = (4, 4, 8, 8, 16, 16)
 CURVATURES = ("exact", "sampled", "empirical")
 SET_SIZE = 16
-
-_NETS = flags.DEFINE_list("nets", ["vgg"], f"Networks to try, of {', '.join(models.variants())}.")
-_DATASET = flags.DEFINE_string("dataset", "digits", "digits, or an image dataset of TFDS.")
-_DATA_DIR = flags.DEFINE_string("data_dir", None, "Where TensorFlow Datasets keeps its data.")
-_WIDTHS = flags.DEFINE_list(
-    "widths", None, "Units per layer of the convolutional networks; by default by image size."
-)
-_EPOCHS = flags.DEFINE_integer("epochs", 6, "Epochs of training before anything is estimated.", 0)
-_SAMPLES = flags.DEFINE_integer("samples", 2048, "Samples estimates and truth are taken on.", 1)
-_STEPS = flags.DEFINE_integer("steps", 50, "Learning steps of theta, a batch of 256 each.", 0)
-_NEW_UNITS = flags.DEFINE_integer("new_units", 4, "Added units tried per layer.", 1)
-_MODEL_FILE = flags.DEFINE_string(
-    "model_file", None, "A trained seed: read if it exists, else written (one network only)."
-)
-_OUTPUT_DIR = flags.DEFINE_string("output_dir", "saved_models/fidelity", "Pictures and JSON.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of everything random.", 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,25 +193,22 @@ def set_table(sets: dict[str, Any]) -> list[tuple[Any, ...]]:
     return [(kinds, *(part.get(name) for name in names)) for kinds, part in sets.items()]
 
 
-def trained(net: str, data: datasets.Dataset) -> keras.Model:
+def trained(net: str, data: datasets.Dataset, options: Any) -> keras.Model:
     """A seed network, trained for a few epochs or read from `--model_file`, made growable."""
-    path = _MODEL_FILE.value
+    path = options.model_file
     if path and os.path.exists(path):
         print(f"{net}: read from {path}")
         return tfgrow.convert(keras.models.load_model(path))
-    keras.utils.set_random_seed(_SEED.value)
-    model = models.build(net, data.input_shape, data.num_classes, _widths(net, data), _SEED.value)
+    keras.utils.set_random_seed(options.seed)
+    widths = _widths(net, data, options.widths)
+    model = models.build(net, data.input_shape, data.num_classes, widths, options.seed)
     model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
     progress = Progress(f"{net}: training, epochs")
     epoch_done = keras.callbacks.LambdaCallback(
-        on_epoch_end=lambda epoch, logs: progress(epoch + 1, _EPOCHS.value)
+        on_epoch_end=lambda epoch, logs: progress(epoch + 1, options.epochs)
     )
-    model.fit(
-        data.as_dataset("train", 128, seed=_SEED.value),
-        epochs=_EPOCHS.value,
-        verbose=0,
-        callbacks=[epoch_done],
-    )
+    train = data.as_dataset("train", 128, seed=options.seed)
+    model.fit(train, epochs=options.epochs, shuffle=False, verbose=0, callbacks=[epoch_done])
     loss, accuracy = model.evaluate(data.as_dataset("val"), verbose=0)
     print(
         f"{net}: {model.count_params():,} parameters, val loss {loss:.3f}, accuracy {accuracy:.3f}"
@@ -236,21 +218,23 @@ def trained(net: str, data: datasets.Dataset) -> keras.Model:
     return tfgrow.convert(model)
 
 
-def _widths(net: str, data: datasets.Dataset) -> tuple[int, ...] | None:
+def _widths(net: str, data: datasets.Dataset, given: list[str] | None) -> list[int] | None:
+    if given:
+        return [int(width) for width in given]
     if net == "mlp":
         return None
-    if _WIDTHS.value:
-        return tuple(int(width) for width in _WIDTHS.value)
-    return CIFAR_WIDTHS if min(data.input_shape[:2]) >= 28 else SMALL_WIDTHS
+    return list(CIFAR_WIDTHS if min(data.input_shape[:2]) >= 28 else SMALL_WIDTHS)
 
 
 def report(net: str, result: dict[str, Any], folder: Path) -> None:
     """Prints a network's tables and draws its pictures."""
-    columns = ("figure", "goal", "reading", "")
+    figure_columns = ("figure", "goal", "reading", "")
     samples = result["samples"]
-    tables.show(columns, table(result["readings"]), f"\n{net}: on {samples} samples not learned on")
-    columns = ("set of", "edits", "sum of estimates", "joint estimate", "truth")
-    tables.show(columns, set_table(result["sets"]), f"\n{net}: edits applied at once")
+    tables.show(
+        figure_columns, table(result["readings"]), f"\n{net}: on {samples} samples not learned on"
+    )
+    set_columns = ("set of", "edits", "sum of estimates", "joint estimate", "truth")
+    tables.show(set_columns, set_table(result["sets"]), f"\n{net}: edits applied at once")
     for part in ("splits", "adds"):
         one = result[part]
         path = folder / f"{net}_{part}.png"
@@ -258,36 +242,72 @@ def report(net: str, result: dict[str, Any], folder: Path) -> None:
         print(f"picture: {path}")
 
 
-def main(argv: list[str]) -> None:
-    """Runs all networks of `--nets`."""
-    if len(argv) > 1:
-        raise app.UsageError(f"Unknown arguments: {argv[1:]}. Flags start with --.")
-    nets = _checked_nets()
-    data = datasets.load(_DATASET.value, _DATA_DIR.value, seed=_SEED.value)
-    settings = Settings(_SAMPLES.value, _STEPS.value, _NEW_UNITS.value, _SEED.value)
-    folder = Path(_OUTPUT_DIR.value)
+def run(options: Any) -> dict[str, Any]:
+    """Checks every network and writes what came of it.
+
+    Args:
+      options: the values of the flags, as attributes.
+
+    Returns:
+      What `fidelity.json` holds.
+    """
+    data = datasets.load(options.dataset, options.data_dir, seed=options.seed)
+    settings = Settings(options.samples, options.steps, options.new_units, options.seed)
+    folder = Path(options.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    results = {}
-    for net in nets:
-        model = trained(net, data)
+    results: dict[str, Any] = {}
+    about = {**dataclasses.asdict(settings), "dataset": options.dataset, "epochs": options.epochs}
+    for net in options.nets:
+        model = trained(net, data, options)
         results[net] = check_network(model, data.x_train, data.y_train, settings)
         report(net, results[net], folder)
-        run = {
-            "flags": {**dataclasses.asdict(settings), "dataset": _DATASET.value},
-            "nets": results,
-        }
-        (folder / "fidelity.json").write_text(json.dumps(run, indent=1))
+        (folder / "fidelity.json").write_text(json.dumps({**about, "nets": results}, indent=1))
     print(f"all figures: {folder / 'fidelity.json'}")
+    return results
 
 
-def _checked_nets() -> list[str]:
-    unknown = [net for net in _NETS.value if net not in models.variants()]
-    if unknown or not _NETS.value:
-        raise app.UsageError(f"--nets={unknown}: expected some of {', '.join(models.variants())}.")
-    if _MODEL_FILE.value and len(_NETS.value) > 1:
-        raise app.UsageError(f"--model_file holds one network, --nets names {len(_NETS.value)}.")
-    return _NETS.value
+# Not at the top: binaries that define flags of the same names can then be imported side by side.
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
+    """Defines this binary's flags."""
+    known = ", ".join(models.variants())
+    for name, default, text in (
+        ("dataset", "digits", "digits, or an image classification dataset of TFDS."),
+        ("data_dir", None, "Where TensorFlow Datasets keeps its data."),
+        ("model_file", None, "A trained network: read if it exists, else written."),
+        ("output_dir", "saved_models/fidelity", "Where pictures and fidelity.json go."),
+    ):
+        flags.DEFINE_string(name, default, text, flag_values=values)
+    for name, number, text, least in (
+        ("epochs", 6, "Epochs of training before anything is estimated.", 0),
+        ("samples", 2048, "Samples that estimates and truth are taken on.", 1),
+        ("steps", 50, "Learning steps of theta, a batch of 256 each.", 0),
+        ("new_units", 4, "Added units tried per layer.", 1),
+        ("seed", 0, "Of everything random.", 0),
+    ):
+        flags.DEFINE_integer(name, number, text, least, flag_values=values)
+    flags.DEFINE_list("nets", ["vgg"], f"Networks to check, of {known}.", flag_values=values)
+    flags.DEFINE_list("widths", None, "Units per layer; default by image size.", flag_values=values)
+
+    @flags.validator("nets", f"expected some of {known}", flag_values=values)
+    def _known(nets):
+        return bool(nets) and set(nets) <= set(models.variants())
+
+    @flags.multi_flags_validator(
+        ["model_file", "nets"], "--model_file holds one network", flag_values=values
+    )
+    def _one_file(given):
+        return given["model_file"] is None or len(given["nets"]) == 1
+
+
+def main(argv: list[str]) -> None:
+    """Entry point; see the module's docstring."""
+    if len(argv) > 1:
+        raise app.UsageError(f"Unknown arguments: {argv[1:]}. Flags start with --.")
+    # Many small networks are traced on purpose; TensorFlow takes that for a mistake.
+    tf.get_logger().setLevel("ERROR")
+    run(flags.FLAGS)
 
 
 if __name__ == "__main__":
+    define_flags()
     app.run(main)

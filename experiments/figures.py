@@ -228,8 +228,9 @@ def _draw_params(axes: Any, events: Sequence[Any], curves: Any, epochs: int) -> 
         times = [0, *(event.epoch for event in applied), epochs]
         params = [applied[0].params_before, *(event.params_after for event in applied)]
         axes.step(times, [*params, params[-1]], where="post", color=PALETTE[2])
-    elif "params" in curves:
-        axes.plot(np.arange(len(curves["params"])) + 1, curves["params"], color=PALETTE[2])
+    elif "tfgrow_params" in curves:
+        params = curves["tfgrow_params"]
+        axes.plot(np.arange(len(params)) + 1, params, color=PALETTE[2])
     axes.set_ylabel("parameters")
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")

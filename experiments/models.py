@@ -17,6 +17,11 @@ import numpy as np
 SMALLEST_TO_POOL = 6
 """Maps smaller than this are not halved any more, so that small images keep 3x3 positions."""
 
+BATCH_NORM_MOMENTUM = 0.9
+"""The moving statistics remember about 10 steps. With Keras's 0.99 they remember 100, several
+epochs of a small dataset: validation, the estimates and the guard, which all run in inference mode,
+would judge a network whose statistics are those of earlier weights."""
+
 RESNET_STREAMS = (8, 12, 16)
 """Channels of the residual stream per stage: fixed, only the widths inside the blocks grow."""
 
@@ -151,7 +156,9 @@ class _Layers:
         )(x)
 
     def norm(self, x: Any, name: str) -> Any:
-        return keras.layers.BatchNormalization(name=name)(x) if self.variant.batch_norm else x
+        if not self.variant.batch_norm:
+            return x
+        return keras.layers.BatchNormalization(momentum=BATCH_NORM_MOMENTUM, name=name)(x)
 
     def activate(self, x: Any, name: str) -> Any:
         return keras.layers.Activation(self.variant.activation, name=name)(x)

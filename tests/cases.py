@@ -7,6 +7,7 @@ property runs on it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import keras
@@ -100,6 +101,26 @@ def class_data(model: keras.Model, samples: int = 12, seed: int = 0):
     return inputs_of(model, samples, seed), labels
 
 
+@dataclasses.dataclass(frozen=True)
+class Learned:
+    """A case's model with an estimator (squared error, exact curvature) and learned candidates."""
+
+    model: keras.Model
+    estimator: tfgrow.GaussNewtonEstimator
+    candidates: list[tfgrow.Candidate]
+    data: tuple
+
+
+@functools.lru_cache(maxsize=2)
+def learned(name: str) -> Learned:
+    """Two learning steps on a case: theta, outgoing weights and statistics are all non-trivial."""
+    model = by_name(name).model()
+    data = regression_data(model)
+    estimator = tfgrow.GaussNewtonEstimator(model, loss="mse", curvature="exact")
+    candidates = tfgrow.candidates(model, ("split", "add"), new_units=2, seed=1)
+    return Learned(model, estimator, estimator.learn(candidates, data, steps=2), data)
+
+
 # ---- the table ------------------------------------------------------------------------------
 
 
@@ -131,7 +152,9 @@ def strides_valid_flatten():
 @case("conv1", "conv2", smooth=True)
 def dilated_no_bias():
     inputs = keras.Input((7, 7, 2))
-    x = layers.Conv2D(3, 2, dilation_rate=2, use_bias=False, activation="gelu", name="conv1")(inputs)
+    x = layers.Conv2D(3, 2, dilation_rate=2, use_bias=False, activation="gelu", name="conv1")(
+        inputs
+    )
     x = layers.Conv2D(
         2, 2, dilation_rate=2, padding="same", use_bias=False, activation="tanh", name="conv2"
     )(x)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import inspect
 import time
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,8 +24,12 @@ from tfgrow.measure import real_loss
 from tfgrow.oracle.base import GrowthOracle
 from tfgrow.oracle.guard import ALPHAS, Outcome, commit
 from tfgrow.peer_callbacks import carry_over
+from tfgrow.surgery.apply import growth_transaction
 from tfgrow.surgery.optimizer import check_optimizer
 from tfgrow.types import GrowthEvent, Plan
+
+_NO_MODEL = {"_due": False, "_epochs_done": 0, "_trained": None, "_peers": (), "_newborn": None}
+"""What `Growth` knows of a model when it has none."""
 
 
 class Growth(keras.callbacks.Callback):
@@ -35,6 +41,11 @@ class Growth(keras.callbacks.Callback):
     the stock callbacks in any order, and puts `tfgrow_params`, `tfgrow_flops`, `tfgrow_events`,
     `tfgrow_estimated_change` and `tfgrow_measured_change` (0 in epochs without an event) in the
     epoch's logs from the first epoch on.
+
+    An event that is cut off by an error or an interrupt leaves model, optimizer, journal and the
+    oracle's files as they were before it. Growth that falls due at the end of `fit` happens when
+    the next `fit` of the same model begins. A deep copy has the settings and events of the
+    original and shares its data, but belongs to no model.
 
     Args:
       oracle: what proposes the edits, usually a `tfgrow.GaussNewtonOracle`.
@@ -91,34 +102,38 @@ class Growth(keras.callbacks.Callback):
         self.tolerance = tolerance
         self.verbose = verbose
         self.journal = Journal(journal)
-        self._due = False
-        self._finished = ""
-        self._epochs_done = 0
-        self._peers: Sequence[keras.callbacks.Callback] = ()
-        self._newborn_pending: int | None = None
+        self._finished = False
         self._reported = 0
+        self._due: bool
+        self._epochs_done: int
+        self._trained: weakref.ref | None  # the model that what is due belongs to
+        self._peers: Sequence[keras.callbacks.Callback]
+        self._newborn: tuple[int, list] | None  # the event, and batches to see its units on
+        self.__dict__.update(_NO_MODEL)
 
     @property
     def events(self) -> list[GrowthEvent]:
         return list(self.journal)
 
+    def __deepcopy__(self, memo):
+        twin = copy.copy(self)
+        memo[id(self)] = twin
+        twin.set_model(None)
+        twin.__dict__.update(_NO_MODEL)
+        for name in ("oracle", "schedule", "journal"):
+            setattr(twin, name, copy.deepcopy(getattr(self, name), memo))
+        return twin
+
     # ---- Keras's calls ----------------------------------------------------------------------
 
     def on_train_begin(self, logs=None):
         del logs
-        if self.data is None:
-            raise ValueError(
-                "Growth needs data to learn edits on: Growth(oracle, data=train_ds) or "
-                "data=(x_train, y_train)."
-            )
-        sites = find_sites(self.model)
-        if all(site.blocked for site in sites):
-            reasons = "; ".join(f"{site.name}: {site.blocked}" for site in sites)
-            raise ValueError(f"Nothing in model '{self.model.name}' can grow. {reasons}")
-        self.oracle.check_budget(self.model)
-        check_optimizer(self.model)
+        self._check()
+        if self._trained is None or self._trained() is not self.model:
+            self.__dict__.update(_NO_MODEL)
+            self._trained = weakref.ref(self.model)
         self.schedule.reset()
-        self._due, self._finished, self._newborn_pending = False, "", None
+        self._finished, self._newborn = False, None
         self._reported = len(self.journal)
         self._step_forward()
 
@@ -137,20 +152,48 @@ class Growth(keras.callbacks.Callback):
             self._due = False
             self._grow()
 
+    def on_train_end(self, logs=None):
+        del logs
+        self._peers = ()
+
+    def _check(self) -> None:
+        """Raises now for what would make growing fail epochs later."""
+        if self.data is None:
+            raise ValueError(
+                "Growth needs data to learn edits on: Growth(oracle, data=train_ds) or "
+                "data=(x_train, y_train)."
+            )
+        sites = find_sites(self.model)
+        if all(site.blocked for site in sites):
+            reasons = "; ".join(f"{site.name}: {site.blocked}" for site in sites)
+            raise ValueError(f"Nothing in model '{self.model.name}' can grow. {reasons}")
+        self.oracle.check(self.model, self.data)
+        check_optimizer(self.model)
+
     # ---- one event --------------------------------------------------------------------------
 
     def _grow(self) -> None:
-        model, before = self.model, _size(self.model)
-        data = self.oracle.split(self.data)
-        trial, plan = self.oracle.propose(
-            model, data, epoch=self._epochs_done, progress=self._progress()
-        )
-        if not plan.candidates:
-            self._finished = plan.reason if trial.status == "STOPPED" else ""
-            self._end(trial, self._event(before, plan, None, plan.estimated_change, {}), ())
-            return
+        with growth_transaction(self.model), self.oracle.all_or_nothing():
+            before = _size(self.model)
+            data = self.oracle.split(self.data)
+            trial, plan = self.oracle.propose(
+                self.model, data, epoch=self._epochs_done, progress=self._progress()
+            )
+            outcome, seconds = None, {}
+            if plan.candidates:
+                outcome, seconds = self._commit(plan, data)
+                carry_over(self._peers, self.model, outcome.changes)
+            event = self.oracle.record(trial, self._event(before, plan, outcome, seconds))
+            self.journal.append(event)
+        self._finished = trial.status == "STOPPED"
+        self._newborn = (len(self.journal) - 1, data.held_out[:2]) if event.newborn else None
+        self._say(event)
+        gc.collect()  # traced functions are cycles that hold on to replaced variables
+
+    def _commit(self, plan: Plan, data) -> tuple[Outcome, dict[str, float]]:
+        """Applies the plan as the guard allows; also returns the seconds that it took."""
         clock = time.perf_counter()
-        loss = model.loss
+        loss, model = self.model.loss, self.model
         alphas, tolerance = (ALPHAS, self.tolerance) if self.guard else ((1.0,), np.inf)
         outcome = commit(
             model,
@@ -158,44 +201,37 @@ class Growth(keras.callbacks.Callback):
             lambda grown: real_loss(grown, data.held_out, loss),
             tolerance,
             alphas,
+            estimate_of=lambda scaled: self.oracle.estimate(model, scaled, data.score),
         )
-        seconds = {"commit": time.perf_counter() - clock}
-        estimate = plan.estimated_change
-        event = self._event(before, plan, outcome, estimate, seconds)
-        self._end(trial, event, outcome.changes)
+        return outcome, {"commit": time.perf_counter() - clock}
 
-    def _event(self, before, plan: Plan, outcome: Outcome | None, estimate, seconds):
+    def _event(self, before, plan: Plan, outcome: Outcome | None, seconds) -> GrowthEvent:
         applied = outcome is not None and outcome.alpha > 0
         after = _size(self.model)
         widths = dict(plan.widths) if applied else {}
-        status = "applied" if applied else "rejected" if plan.candidates else "nothing"
+        reason = plan.reason if applied or outcome is None else self._why_rejected(outcome)
         return GrowthEvent(
             epoch=self._epochs_done,
-            applied=describe(outcome.candidates) if applied else (),
+            applied=describe(outcome.candidates) if outcome else (),
             widths=widths,
             params_before=before[0],
             params_after=after[0],
             flops_before=before[1],
             flops_after=after[1],
-            estimated_change=estimate,
+            estimated_change=_estimate(plan, outcome),
             measured_change=outcome.loss_after - outcome.loss_before if outcome else None,
             loss_before=outcome.loss_before if outcome else None,
             alpha=outcome.alpha if outcome else 0.0,
             seconds={**plan.seconds, **seconds},
             newborn={name: new - old for name, (old, new) in widths.items()},
-            status=status,
-            reason=plan.reason
-            if status != "rejected"
-            else f"the held-out loss rose at every scale down to {ALPHAS[-1]}",
+            status="applied" if applied else "rejected" if outcome else "nothing",
+            reason=reason,
         )
 
-    def _end(self, trial, event: GrowthEvent, changes) -> None:
-        carry_over(self._peers, self.model, changes)
-        event = self.oracle.record(trial, event)
-        self.journal.append(event)
-        self._newborn_pending = len(self.journal) - 1 if event.newborn else None
-        self._say(event)
-        gc.collect()  # traced functions are cycles that hold on to replaced variables
+    def _why_rejected(self, outcome: Outcome) -> str:
+        if not self.guard:
+            return f"the held-out loss became {outcome.loss_after}"
+        return f"the held-out loss rose at every scale down to {ALPHAS[-1]}"
 
     # ---- reporting --------------------------------------------------------------------------
 
@@ -214,20 +250,20 @@ class Growth(keras.callbacks.Callback):
                 self.oracle.report(event.trial_id, logs, epoch=self._epochs_done)
 
     def _note_newborn(self) -> None:
-        if self._newborn_pending is None:
+        if self._newborn is None:
             return
-        index, self._newborn_pending = self._newborn_pending, None
+        (index, batches), self._newborn = self._newborn, None
         event = self.events[index]
-        batches = self.oracle.split(self.data).held_out[:2]
         share = alive_share(self.model, event.newborn, batches)
         self.journal.note_newborn_alive(index, share)
         if event.trial_id is not None:
             self.oracle.report(event.trial_id, {"newborn_alive": share}, epoch=self._epochs_done)
 
     def _level(self) -> int:
-        if self.verbose != "auto":
-            return int(self.verbose)
-        return int((self.params or {}).get("verbose", 1))
+        verbose = self.verbose
+        if verbose == "auto":
+            verbose = (self.params or {}).get("verbose", 1)
+        return 1 if verbose == "auto" else int(verbose)  # what `fit` makes of its own "auto"
 
     def _progress(self):
         if self._level() != 1:
@@ -270,9 +306,13 @@ def event_line(event: GrowthEvent) -> str:
     if event.status == "nothing":
         return f"growth after epoch {event.epoch}: nothing ({event.reason}); {seconds:.1f} s"
     measured = "" if event.measured_change is None else f", measured {event.measured_change:+.4f}"
-    loss = f"loss estimated {event.estimated_change:+.4f}{measured}"
+    known = event.estimated_change is not None
+    estimated = f"estimated {event.estimated_change:+.4f}" if known else "not estimated"
+    loss = f"loss {estimated}{measured}"
     if event.status == "rejected":
-        return f"growth after epoch {event.epoch}: rejected ({event.reason}); {loss}; {seconds:.1f} s"
+        return (
+            f"growth after epoch {event.epoch}: rejected ({event.reason}); {loss}; {seconds:.1f} s"
+        )
     how: dict[str, list[str]] = {}
     for edit in event.applied:
         how.setdefault(edit["site"], []).append(f"{edit['morphism']} {len(edit['units'])}")
@@ -286,7 +326,12 @@ def event_line(event: GrowthEvent) -> str:
     )
 
 
+def _estimate(plan: Plan, outcome: Outcome | None) -> float | None:
+    """The joint estimate at the committed scale, or as proposed if nothing was committed."""
+    if outcome is None or outcome.alpha in (0.0, 1.0):
+        return plan.estimated_change
+    return outcome.estimated_change
+
+
 def _size(model) -> tuple[int, int]:
     return model.count_params(), model_flops(trace(model))
-
-

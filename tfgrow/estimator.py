@@ -20,8 +20,12 @@ from tfgrow.morphisms.registry import group_candidates
 from tfgrow.passes import Parameters, Passes, new_adam
 from tfgrow.types import Interaction
 
-SETTLE = 6
-"""Batches, after the last learning step, over which closed forms and statistics are summed."""
+SETTLE = 12
+"""Batches over which closed forms and statistics are summed when learning is over.
+
+On a 19k-parameter VGG on CIFAR-10 they buy more than learning steps do: the mean held-out change by
+one added unit is -0.075 after 16 learning and 6 settling batches of 128, -0.088 after 8 and 12.
+"""
 
 
 class GaussNewtonEstimator:
@@ -78,6 +82,7 @@ class GaussNewtonEstimator:
         dataset,
         steps: int = 100,
         learning_rate: float = 0.1,
+        settle: int = SETTLE,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Candidate]:
         """Improves the candidates' theta on the estimate. Nothing is built.
@@ -91,6 +96,7 @@ class GaussNewtonEstimator:
           dataset: anything `model.fit` takes, with targets.
           steps: number of learning steps; 0 only settles.
           learning_rate: step size relative to the natural size of the weights.
+          settle: number of settling batches, at least 2, where something is to be settled.
           progress: called with (batches done, batches in all).
 
         Returns:
@@ -106,7 +112,7 @@ class GaussNewtonEstimator:
         kept = [group.morphism.no_equations(group) for group in groups]
         settled = _Settled()
         step = None
-        settling = SETTLE if any(_settles(group) for group in groups) else 0
+        settling = max(2, settle) if any(_settles(group) for group in groups) else 0
         for number in range(steps + settling):
             rate = learning_rate * _fade(number, steps) if number < steps else 0.0
             batch = self._checked(next(stream))

@@ -34,6 +34,16 @@ def apply(model: keras.Model, candidates: Sequence[Candidate]) -> GrowthEvent:
 
     Raises:
       ValueError: if the candidates are of another model, or of this one before it last grew.
+
+    Example:
+
+    >>> import keras, tfgrow
+    >>> model = tfgrow.convert(keras.Sequential(
+    ...     [keras.Input((4,)), keras.layers.Dense(3, "relu", name="a"), keras.layers.Dense(2)]))
+    >>> tfgrow.apply(model, tfgrow.candidates(model, "split")[:2]).applied
+    ({'site': 'a', 'morphism': 'split', 'units': [0, 1]},)
+    >>> model.get_layer("a").units, model.count_params()
+    (5, 37)
     """
     started = time.perf_counter()
     chosen = checked(model, candidates)
@@ -118,9 +128,7 @@ def describe(candidates: Sequence[Candidate]) -> tuple[dict, ...]:
     """What is applied, one entry per site and morphism, JSON-ready."""
     units: dict[tuple[str, str], list[int]] = {}
     for candidate in candidates:
-        units.setdefault((candidate.site.name, candidate.morphism), []).append(
-            int(candidate.unit)
-        )
+        units.setdefault((candidate.site.name, candidate.morphism), []).append(int(candidate.unit))
     return tuple(
         {"site": site, "morphism": morphism, "units": sorted(which)}
         for (site, morphism), which in units.items()

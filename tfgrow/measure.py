@@ -12,6 +12,7 @@ from tfgrow.curvature.loss_head import make_loss_head
 from tfgrow.estimator import compiled_loss
 from tfgrow.graph.convert import copy_model
 from tfgrow.graph.sites import find_sites
+from tfgrow.growth import checked
 from tfgrow.morphisms.base import Candidate
 from tfgrow.morphisms.registry import get
 from tfgrow.surgery.apply import apply_edits
@@ -53,13 +54,28 @@ def measure_change(
 
     Returns:
       Loss of the expanded copy minus loss of the model, on the same samples; negative is better.
+
+    Raises:
+      ValueError: if the candidates are of another model, or of this one before it last grew.
+
+    Example:
+
+    >>> import keras, numpy as np, tfgrow
+    >>> model = tfgrow.convert(keras.Sequential(
+    ...     [keras.Input((4,)), keras.layers.Dense(3, "relu"), keras.layers.Dense(2)]))
+    >>> model.compile("sgd", "mse")
+    >>> data = np.ones((8, 4), "float32"), np.ones((8, 2), "float32")
+    >>> new_unit = tfgrow.candidates(model, "add", new_units=1)  # not learned: nothing changes
+    >>> abs(tfgrow.measure_change(model, new_unit, data)) < 1e-6
+    True
+    >>> model.layers[0].units
+    3
     """
+    chosen = checked(model, candidates)
     loss = compiled_loss(model) if loss is None else loss
     before = real_loss(model, dataset, loss)
-    copy = copy_model(model)
+    copy = copy_model(model, compiled=False)
     sites = {site.name: site for site in find_sites(copy)}
-    moved = [candidate.replace(site=sites[candidate.site.name]) for candidate in candidates]
+    moved = [candidate.replace(site=sites[candidate.site.name]) for candidate in chosen]
     apply_edits(copy, [get(candidate.morphism).edit(candidate) for candidate in moved])
     return real_loss(copy, dataset, loss) - before
-
-

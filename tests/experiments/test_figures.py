@@ -64,7 +64,7 @@ def test_growth_names_sites_that_kept_their_width(drawn, tmp_path):
 
 
 def test_growth_without_events_or_validation(drawn, tmp_path):
-    figures.plot_growth([], {"loss": [2.0, 1.0], "params": [50, 50]}, tmp_path / "a.png")
+    figures.plot_growth([], {"loss": [2.0, 1.0], "tfgrow_params": [50, 50]}, tmp_path / "a.png")
     top, middle, bottom = drawn[0].axes
     assert texts(top) == ["no site grew"]
     assert [line.get_label() for line in middle.lines] == ["training"]

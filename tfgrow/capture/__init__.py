@@ -1,0 +1,1 @@
+"""What flows through a model: data, activations, gradients and curvature columns."""

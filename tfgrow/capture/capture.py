@@ -154,9 +154,7 @@ def push_forward(graph: Graph, head: Head, x, tangents: Mapping[Tap, Any]):
     pushed = [tf.stop_gradient(tangents[tap]) for tap in taps]
     with tf.autodiff.ForwardAccumulator(probes, pushed) as accumulator:
         at = dict(zip(taps, probes, strict=True))
-        values = execute(
-            graph, inputs, lambda tap, value: value + at[tap] if tap in at else value
-        )
+        values = execute(graph, inputs, lambda tap, value: value + at[tap] if tap in at else value)
         logits = values[head.tap]
     jvp = accumulator.jvp(logits, unconnected_gradients=tf.UnconnectedGradients.ZERO)
     return logits, jvp
@@ -170,4 +168,3 @@ def producer_input(capture: Capture, site: Site):
 def producer_response(capture: Capture, site: Site):
     """The producer's response before its activation."""
     return capture.values[linear_tap(site.node.index)]
-

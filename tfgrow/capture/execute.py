@@ -13,16 +13,19 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from tfgrow._keras import layers_within
 from tfgrow.graph.nodes import Graph, call_operation
 
 Tap = tuple[str, int]
 
 
 def tensor_tap(tensor: int) -> Tap:
+    """The tap of a tensor, by its id."""
     return ("tensor", tensor)
 
 
 def linear_tap(node_index: int) -> Tap:
+    """The tap of a mixing layer's response, by the index of its call."""
     return ("linear", node_index)
 
 
@@ -73,7 +76,7 @@ def float32_compute(model: keras.Model):
 
     Half-precision activations would drown the small differences that growth is decided by.
     """
-    layers = [layer for layer in model._flatten_layers() if layer.compute_dtype != "float32"]
+    layers = [layer for layer in layers_within(model) if layer.compute_dtype != "float32"]
     policies = [layer.dtype_policy for layer in layers]
     try:
         for layer, policy in zip(layers, policies, strict=True):

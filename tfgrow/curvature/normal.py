@@ -97,9 +97,7 @@ def _solve_kronecker(g, sums, damping):
     for index in range(sum(1 for name in sums if name.startswith("a/"))):
         a_values, a_vectors, s_values, s_vectors = _kronecker_eigen(sums, index)
         size = a_values.shape[-1] * s_values.shape[-1]
-        block = tf.reshape(
-            g[:, start : start + size], (-1, a_values.shape[-1], s_values.shape[-1])
-        )
+        block = tf.reshape(g[:, start : start + size], (-1, a_values.shape[-1], s_values.shape[-1]))
         start += size
         eigenvalues = a_values[:, :, None] * s_values[None, None, :]
         ridge = tf.maximum(damping * tf.reduce_mean(eigenvalues, axis=(1, 2)), 1e-30)

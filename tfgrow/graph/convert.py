@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Callable
 
 import keras
 
+from tfgrow._keras import compile_arguments
 from tfgrow.graph.nodes import functional_of, trace
 from tfgrow.layers import registry
 from tfgrow.layers.growable import Growable, from_stock, to_stock
@@ -71,39 +73,119 @@ def strip(model: keras.Model) -> keras.Model:
     return rebuild_with(model, stock)
 
 
-def copy_model(model: keras.Model) -> keras.Model:
-    """A model of the same layer classes, with its own copies of the weights and optimizer state."""
-    return rebuild_with(model, _copy)
+def copy_model(model: keras.Model, compiled: bool = True) -> keras.Model:
+    """A model of the same layer classes, with its own copies of the weights.
+
+    Args:
+      model: a built Functional or Sequential model.
+      compiled: whether the copy of a compiled model is compiled too, with the optimizer's state.
+    """
+    return rebuild_with(model, _copy, compiled)
 
 
-def rebuild_with(model: keras.Model, replace: Callable) -> keras.Model:
+def rebuild_with(model: keras.Model, replace: Callable, compiled: bool = True) -> keras.Model:
     """A copy of a model whose layers went through `replace`, nested models inlined."""
-    functional_of(model)  # raises for what has no graph
-    twins: dict[int, tuple] = {}
-    names = _layer_names(model)
-    rename = {name for name, count in Counter(names).items() if count > 1}
-
-    def twin_of(layer, prefix=""):
-        if id(layer) not in twins:
-            twin = replace(layer)
-            if prefix and layer.name in rename:
-                config = {**twin.get_config(), "name": f"{prefix}_{layer.name}"}
-                twin = type(twin).from_config(config)
-            twins[id(layer)] = (layer, twin)
-        return twins[id(layer)][1]
-
+    functional = functional_of(model)  # raises for what has no graph
+    twins = _Twins(model, replace)
     if isinstance(model, keras.Sequential) and not _nested(model):
-        copy = keras.models.clone_model(model, clone_function=twin_of)
+        first = twins.input(functional, model.inputs[0])
+        layers = [first, *(twins.of(layer) for layer in model.layers)]
+        copy = _same_class(model, layers, name=model.name)
     else:
-        copy = _rebuild_functional(model, twin_of)
-    for old, new in twins.values():
+        inputs = keras.tree.map_structure(lambda t: twins.input(functional, t), functional.input)
+        copy = _same_class(model, inputs, _call(model, twins, inputs), name=model.name)
+    copy.dtype_policy = model.dtype_policy
+    if not model.trainable:
+        copy.trainable = False
+    for old, new in twins.pairs():
         _copy_variables(old, new)
-    _copy_training_state(model, copy, twins)
+    if compiled and model.compiled:
+        _compile_alike(model, copy)
+        _copy_optimizer_state(model, copy, twins.pairs())
     return copy
 
 
-def _copy(layer):
-    return layer.__class__.from_config(layer.get_config())
+class _Twins:
+    """The new layer of every old one, each made once."""
+
+    def __init__(self, model: keras.Model, replace: Callable):
+        self._replace = replace
+        self._pairs: dict[int, tuple] = {}
+        counts = Counter(_layer_names(model))
+        self._ambiguous = {name for name, count in counts.items() if count > 1}
+
+    def of(self, layer, prefix: str = ""):
+        """The twin of a layer; inside a nested model, `prefix` tells apart what is named alike."""
+        if id(layer) not in self._pairs:
+            twin = _from_config(self._replace, layer)
+            if prefix and layer.name in self._ambiguous:
+                name = f"{prefix}_{layer.name}"
+                twin = _from_config(_copy, twin, name=name)
+            self._pairs[id(layer)] = (layer, twin)
+        return self._pairs[id(layer)][1]
+
+    def input(self, functional, tensor):
+        """The output of the twin of the input layer that makes a model's input."""
+        layers = (x for x in functional.layers if isinstance(x, keras.layers.InputLayer))
+        return self.of(next(layer for layer in layers if layer.output is tensor)).output
+
+    def pairs(self) -> list[tuple]:
+        """Every old layer with its twin."""
+        return list(self._pairs.values())
+
+
+def _copy(layer, **changes):
+    return layer.__class__.from_config({**layer.get_config(), **changes})
+
+
+def _from_config(make: Callable, layer, **changes):
+    """A layer made from another's config, in which the user's own functions may occur."""
+    try:
+        with keras.saving.custom_object_scope(_own_objects(layer)):
+            return make(layer, **changes)
+    except Exception as error:
+        raise ValueError(
+            f"Layer '{layer.name}' ({type(layer).__name__}) can't be made anew from its config: "
+            f"{error} Give it a get_config() and from_config() that describe it; a lambda has no "
+            "config, a named function has."
+        ) from error
+
+
+def _own_objects(layer) -> dict:
+    """Functions and classes that a layer's config may name, registered with Keras or not."""
+    found: dict = {}
+    for value in vars(layer).values():
+        if inspect.isfunction(value):
+            found[value.__name__] = value
+        elif isinstance(value, _BY_NAME):
+            found[type(value).__name__] = type(value)
+    return found
+
+
+_BY_NAME = (keras.initializers.Initializer, keras.regularizers.Regularizer,
+            keras.constraints.Constraint)  # fmt: skip
+
+
+def _same_class(model, *args, **kwargs):
+    """A model made by the class of another, or a plain one where that is as good."""
+    kind = type(model)
+    own = [name for name in _TRAINING if getattr(kind, name) is not getattr(keras.Model, name)]
+    plain = keras.Sequential if len(args) == 1 else keras.Model
+    if isinstance(model, keras.Sequential) and plain is keras.Model:
+        kind = keras.Model  # its nested models are inlined
+    try:
+        return kind(*args, **kwargs)
+    except TypeError as error:
+        if own:
+            raise TypeError(
+                f"Model '{model.name}' is a {kind.__name__} with its own {', '.join(own)}, which "
+                "a copy must keep, but its __init__ doesn't take what keras.Model's does "
+                f"({error}). Let it accept (inputs, outputs, name)."
+            ) from error
+        return plain(*args, **kwargs)
+
+
+_TRAINING = ("train_step", "test_step", "predict_step", "compute_loss", "compile")
 
 
 def _nested(model) -> list:
@@ -118,47 +200,27 @@ def _layer_names(model) -> list[str]:
     return names
 
 
-def _rebuild_functional(model, twin_of):
-    functional = functional_of(model)
-
-    def keep_nested(operation):
-        is_layer = isinstance(operation, keras.layers.Layer)
-        return twin_of(operation) if is_layer and not isinstance(operation, keras.Model) else operation
-
-    def call(operation, *args, **kwargs):
-        if isinstance(operation, keras.Model):
-            return _inline(operation, twin_of, args, kwargs)
-        return operation(*args, **kwargs)
-
-    copy = keras.models.clone_model(functional, clone_function=keep_nested, call_function=call)
-    copy.name = model.name
-    if not copy.compiled and model.compiled:
-        copy.compile_from_config(model.get_compile_config())
-    return copy
-
-
-def _inline(nested, twin_of, args, kwargs):
-    """Calls the twins of a nested model's layers one by one."""
-    if len(args) != 1:
-        raise TypeError(
-            f"Nested model '{nested.name}' is called with {len(args)} positional arguments; "
-            "expected one (a tensor, list or dict of tensors)."
-        )
-    graph = trace(nested)
-    values = dict(zip(graph.inputs, keras.tree.flatten(args[0]), strict=True))
+def _call(model, twins: _Twins, inputs, prefix: str = ""):
+    """Calls the twins of a model's layers one by one, those of nested models too."""
+    graph = trace(model)
+    values = dict(zip(graph.inputs, keras.tree.flatten(inputs), strict=True))
     for node in graph.nodes:
         operation = node.operation
-        node_args, node_kwargs = node.arguments(values)
+        args, kwargs = node.arguments(values)
         if isinstance(operation, keras.Model):
-            result = _inline(operation, twin_of, node_args, node_kwargs)
+            if len(args) != 1:
+                raise TypeError(
+                    f"Nested model '{operation.name}' is called with {len(args)} positional "
+                    "arguments; expected one (a tensor, list or dict of tensors)."
+                )
+            result = _call(operation, twins, args[0], operation.name)
+        elif isinstance(operation, keras.layers.Layer):
+            result = twins.of(operation, prefix)(*args, **kwargs)
         else:
-            is_layer = isinstance(operation, keras.layers.Layer)
-            twin = twin_of(operation, prefix=nested.name) if is_layer else operation
-            result = twin(*node_args, **node_kwargs)
+            result = operation(*args, **kwargs)
         values.update(zip(node.outputs, keras.tree.flatten(result), strict=True))
     outputs = [values[tensor] for tensor in graph.outputs]
-    structure = functional_of(nested).output
-    return keras.tree.pack_sequence_as(structure, outputs)
+    return keras.tree.pack_sequence_as(functional_of(model).output, outputs)
 
 
 def _copy_variables(old, new) -> None:
@@ -172,17 +234,40 @@ def _copy_variables(old, new) -> None:
         target.assign(source)
 
 
-def _copy_training_state(model, copy, twins) -> None:
+def _compile_alike(model, copy) -> None:
+    """Compiles with the live arguments: a config could not name the user's own functions."""
+    arguments = compile_arguments(model)
+    for name in ("metrics", "weighted_metrics"):
+        arguments[name] = keras.tree.map_structure(_fresh_metric, arguments[name])
+    optimizer = model.optimizer
+    if optimizer is not None:
+        arguments["optimizer"] = type(optimizer).from_config(optimizer.get_config())
+    copy.compile(**arguments)
+
+
+def _fresh_metric(metric):
+    if not isinstance(metric, keras.Metric):
+        return metric
+    with keras.saving.custom_object_scope(_own_objects(metric)):
+        return type(metric).from_config(metric.get_config())
+
+
+def _copy_optimizer_state(model, copy, pairs) -> None:
     """Carries a built optimizer's state over, variable by variable."""
-    if not model.compiled or not getattr(model.optimizer, "built", False):
+    if not getattr(model.optimizer, "built", False):
         return
-    partner = {}
-    for old, new in twins.values():
-        partner.update({id(a): b for a, b in zip(old.variables, new.variables, strict=True)})
-    mapped = [partner.get(id(variable)) for variable in model.trainable_variables]
+    partner = {
+        id(a): b for old, new in pairs for a, b in zip(old.variables, new.variables, strict=True)
+    }
+    in_old_order = [partner[id(variable)] for variable in model.trainable_variables]
     copy.optimizer.build(copy.trainable_variables)
-    if [id(v) for v in mapped] != [id(v) for v in copy.trainable_variables]:
-        return  # inlining changed the order, by which an optimizer knows its slots
-    pairs = zip(model.optimizer.variables, copy.optimizer.variables, strict=True)
-    for source, target in pairs:
+    slots = copy.optimizer.variables
+    if [id(v) for v in in_old_order] != [id(v) for v in copy.trainable_variables]:
+        # Inlining changed the order of the weights, by which optimizers keep their slots; an
+        # optimizer built in the old order tells by the slots' names where each has gone.
+        guide = type(copy.optimizer).from_config(copy.optimizer.get_config())
+        guide.build(in_old_order)
+        by_path = {variable.path: variable for variable in slots}
+        slots = [by_path[variable.path] for variable in guide.variables]
+    for source, target in zip(model.optimizer.variables, slots, strict=True):
         target.assign(source)

@@ -41,9 +41,7 @@ class CostModel:
         key = tuple(sorted((name, count) for name, count in units.items() if count))
         if key not in self._cache:
             total = self._count(units)
-            self._cache[key] = Cost(
-                total.params - self.base.params, total.flops - self.base.flops
-            )
+            self._cache[key] = Cost(total.params - self.base.params, total.flops - self.base.flops)
         return self._cache[key]
 
     def _count(self, units) -> Cost:

@@ -1,7 +1,4 @@
-"""A Keras model's graph of layer calls, as a frozen value that can be executed with taps.
-
-The only reader of Keras's private graph attributes; `surgery/rebuild.py` is the only writer.
-"""
+"""A Keras model's graph of layer calls, as a frozen value that can be executed with taps."""
 
 from __future__ import annotations
 
@@ -11,7 +8,8 @@ from typing import Any
 
 import keras
 
-from tfgrow.layers import Mixing
+from tfgrow import _keras
+from tfgrow.layers.growable import Mixing
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -68,15 +66,14 @@ class Graph:
 
 def functional_of(model: keras.Model) -> Any:
     """The functional graph of a built Functional or Sequential model, or a clear error."""
+    functional = _keras.graph_of(model)
+    if functional is not None:
+        return functional
     if isinstance(model, keras.Sequential):
-        if not model.built or getattr(model, "_functional", None) is None:
-            raise ValueError(
-                f"Sequential model '{model.name}' is not built, so it has no graph to trace. Give "
-                "it a keras.Input as its first layer, or call it on data once."
-            )
-        return model._functional
-    if hasattr(model, "_nodes_by_depth"):
-        return model
+        raise ValueError(
+            f"Sequential model '{model.name}' is not built, so it has no graph to trace. Give it a "
+            "keras.Input as its first layer, or call it on data once."
+        )
     if not isinstance(model, keras.Model):
         raise TypeError(f"Expected a keras.Model, found {type(model).__name__}: {model!r}")
     raise TypeError(
@@ -104,19 +101,16 @@ def trace(model: keras.Model) -> Graph:
 
     inputs = tuple(number(tensor) for tensor in functional.inputs)
     nodes = []
-    for depth in sorted(functional._nodes_by_depth, reverse=True):
-        for call in functional._nodes_by_depth[depth]:
-            if call.is_input:
-                continue
-            nodes.append(
-                Node(
-                    index=len(nodes),
-                    operation=call.operation,
-                    inputs=tuple(number(tensor) for tensor in call.input_tensors),
-                    outputs=tuple(number(tensor) for tensor in call.outputs),
-                    arguments=_filler(call.arguments, ids),
-                )
+    for call in _keras.calls_of(functional):
+        nodes.append(
+            Node(
+                index=len(nodes),
+                operation=call.operation,
+                inputs=tuple(number(tensor) for tensor in call.input_tensors),
+                outputs=tuple(number(tensor) for tensor in call.outputs),
+                arguments=_filler(call.arguments, ids),
             )
+        )
     outputs = tuple(number(tensor) for tensor in functional.outputs)
     return Graph(tuple(nodes), inputs, outputs, tensors)
 
@@ -131,6 +125,6 @@ def _filler(arguments, ids):
 
 def call_operation(operation, args, kwargs):
     """Calls a layer in inference mode, or a Keras operation."""
-    if getattr(operation, "_call_has_training_arg", False):
+    if _keras.takes_training(operation):
         kwargs = {**kwargs, "training": False}
     return operation(*args, **kwargs)

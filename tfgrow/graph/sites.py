@@ -12,6 +12,7 @@ from typing import Any
 
 import keras
 
+from tfgrow._keras import takes_mask
 from tfgrow.graph.nodes import Graph, Node, trace
 from tfgrow.graph.versions import version_of
 from tfgrow.layers import registry
@@ -61,8 +62,8 @@ class Site:
     Attributes:
       name: the producer's name.
       producer: the layer that makes the channels.
-      units: how many there are.
-      node: the producer's call (None if the layer isn't called exactly once).
+      units: how many there are; 0 if tfgrow can't tell, and then the site is blocked.
+      node: the producer's `Node` (None if the layer isn't called exactly once: then it is blocked).
       steps: the channelwise layers after it, in topological order.
       leaves: the path's ends.
       blocked: None, or why the site can't be widened.
@@ -71,8 +72,8 @@ class Site:
 
     name: str
     producer: Any
-    units: int | None
-    node: Node | None
+    units: int
+    node: Any
     steps: tuple[Step, ...]
     leaves: tuple[Leaf, ...]
     blocked: str | None
@@ -133,7 +134,9 @@ def sites_of(model: keras.Model, graph: Graph) -> list[Site]:
 
 def _site(model, graph: Graph, node: Node) -> Site:
     layer = node.operation
-    steps, leaves, blocked = (), (), None
+    steps: tuple[Step, ...] = ()
+    leaves: tuple[Leaf, ...] = ()
+    blocked = None
     try:
         _check_producer(graph, node)
         steps, leaves = _walk(graph, node)
@@ -152,11 +155,11 @@ def _site(model, graph: Graph, node: Node) -> Site:
     )
 
 
-def _units(layer) -> int | None:
+def _units(layer) -> int:
     if isinstance(layer, Mixing):
         return layer.growth_units
     units = getattr(layer, "units", getattr(layer, "filters", None))
-    return units if isinstance(units, int) else None
+    return units if isinstance(units, int) else 0
 
 
 def _check_producer(graph: Graph, node: Node) -> None:
@@ -177,8 +180,8 @@ def _unknown_producer(layer) -> str:
     kind = type(layer).__name__
     if isinstance(layer, keras.Model):
         return (
-            f"'{layer.name}' is a nested model; tfgrow.convert(model) inlines nested Functional and "
-            "Sequential models"
+            f"'{layer.name}' is a nested model; tfgrow.convert(model) inlines nested Functional "
+            "and Sequential models"
         )
     if registry.growable_class(layer) is not None:
         return (
@@ -219,9 +222,7 @@ def _walk(graph: Graph, producer: Node) -> tuple[tuple[Step, ...], tuple[Leaf, .
                 continue
             step = _step(graph, node, tensor, channels, layer)
             steps.append(step)
-            frontier.append(
-                (step.target, step.view.channel_map(step.incoming, step.input_shape))
-            )
+            frontier.append((step.target, step.view.channel_map(step.incoming, step.input_shape)))
     return tuple(steps), tuple(leaves.values())
 
 
@@ -247,6 +248,12 @@ def _check_consumer(graph: Graph, node: Node, producer) -> None:
 def _step(graph: Graph, node: Node, tensor: int, channels: ChannelMap, producer) -> Step:
     layer = node.operation
     view = registry.channelwise_view(layer)
+    if view is not None and len(node.inputs) == 2 and takes_mask(layer):
+        raise _Blocked(
+            f"the channels of '{producer.name}' reach layer '{layer.name}' ({type(layer).__name__})"
+            ", which reads a mask (of Masking or Embedding(mask_zero=True)) beside them: paths are "
+            "followed unmasked"
+        )
     if view is None or len(node.inputs) != 1:
         raise _Blocked(
             f"the channels of '{producer.name}' reach '{node.name}' ({type(layer).__name__}), "
@@ -277,14 +284,16 @@ def _why_not_channelwise(layer) -> str:
     ):  # fmt: skip
         return "which ties them to the channels of other layers"
     if isinstance(layer, keras.Model):
-        return "a nested model; tfgrow.convert(model) inlines nested Functional and Sequential models"
+        return (
+            "a nested model; tfgrow.convert(model) inlines nested Functional and Sequential models"
+        )
     if registry.growable_class(layer) is not None:
         return "a stock layer; make the model growable with tfgrow.convert(model)"
     return "which mixes channels or is unknown to tfgrow"
 
 
 def steps_with_activation(site: Site) -> tuple[Step, ...]:
-    """The site's steps, preceded by the producer's own activation: what the response u goes through.
+    """The site's steps, preceded by the producer's own activation: the way of the response u.
 
     The response has the tensor id `RESPONSE`; the producer's output keeps its own.
     """

@@ -15,12 +15,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import keras
 import numpy as np
 
 from tfgrow.types import ChannelMap
+
+if TYPE_CHECKING:  # the mixins below are only ever used beside a Keras layer class
+    from keras.layers import Layer as _Base
+else:
+    _Base = object
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +51,7 @@ class Moments:
     variance: Any
 
 
-class Growable:
+class Growable(_Base):
     """Interface of a layer that can grow. Subclass `Mixing` or `Channelwise`, not this.
 
     Attributes:
@@ -54,6 +59,24 @@ class Growable:
         from; None for a user's own layer, which is left as it is.
       variable_axes: channel axes by variable attribute, e.g. `{"kernel": Axes(fan_in=-2,
         fan_out=-1), "bias": Axes(fan_out=-1)}`. Attributes that are None on the layer are ignored.
+
+    Example, a channelwise layer with a slope per channel:
+
+    >>> import keras, tfgrow
+    >>> class Scale(tfgrow.layers.GrowableChannelwise, keras.layers.Layer):
+    ...     variable_axes = {"slope": tfgrow.layers.Axes(channel=-1)}
+    ...     def build(self, input_shape):
+    ...         self.slope = self.add_weight(shape=input_shape[-1:], initializer="ones")
+    ...     def call(self, inputs):
+    ...         return self.apply_channels(inputs, self.growable_variables())
+    ...     def apply_channels(self, inputs, variables):
+    ...         return inputs * variables["slope"]
+    >>> model = tfgrow.convert(keras.Sequential([keras.Input((4,)),
+    ...     keras.layers.Dense(3, name="hidden"), Scale(name="scale"), keras.layers.Dense(2)]))
+    >>> tfgrow.widen(model, "hidden", 2).widths
+    {'hidden': (3, 5)}
+    >>> tuple(model.get_layer("scale").slope.shape)
+    (5,)
     """
 
     stock_class: ClassVar[type | None] = None
@@ -149,7 +172,7 @@ class GrowableChannelwise(Growable, Channelwise):
     """A channelwise layer with variables of its own: BatchNormalization, PReLU..."""
 
 
-def from_stock(growable_class: type, layer: keras.Layer) -> keras.Layer:
+def from_stock(growable_class: Any, layer: keras.Layer) -> keras.Layer:
     """An unbuilt growable layer with the configuration of a stock one."""
     return growable_class.from_config(layer.get_config())
 

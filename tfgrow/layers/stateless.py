@@ -128,4 +128,5 @@ def stateless_blocked(layer) -> str | None:
 
 
 def is_registered(layer) -> bool:
+    """Whether `register_channelwise` knows the layer's exact class."""
     return type(layer) in _REGISTRY

@@ -44,6 +44,7 @@ class Add(Morphism):
     name = "add"
     learned = ("kernel", "bias")
     solved = ("phi",)
+    edits_unit = False
 
     def candidates(self, site, *, new_units, seed):
         rng = np.random.default_rng([seed, 1, *site.name.encode()])

@@ -106,11 +106,14 @@ class Morphism:
       name: by which users and journals know it.
       learned: the names of theta that are improved by gradient.
       solved: the names of theta that have a closed form, given the learned ones.
+      edits_unit: whether a candidate edits the old unit it names, so that two such candidates
+        exclude each other; else it brings something new.
     """
 
     name: ClassVar[str]
     learned: ClassVar[tuple[str, ...]]
     solved: ClassVar[tuple[str, ...]] = ()
+    edits_unit: ClassVar[bool] = True
 
     def candidates(self, site: Site, *, new_units: int, seed: int) -> list[Candidate]:
         """The site's candidates with theta initialised; `cost` is filled in by the caller."""

@@ -1,0 +1,1 @@
+"""What should change: data, joint selection, guard, and the `keras_tuner.Oracle`s."""

@@ -27,6 +27,8 @@ import numpy as np
 import tensorflow as tf
 from keras_tuner.engine.trial import Trial, TrialStatus
 
+from tfgrow.graph.cost import model_flops
+from tfgrow.graph.nodes import trace
 from tfgrow.graph.sites import find_sites
 from tfgrow.oracle.data import GrowthData, split_data
 from tfgrow.oracle.selection import Limits, matching_names, require_whole
@@ -158,6 +160,12 @@ class GrowthOracle(keras_tuner.Oracle, abc.ABC):
         """
         del data
         self.check_budget(model)
+        flops = model_flops(trace(model))
+        if self.max_flops is not None and flops > self.max_flops:
+            raise ValueError(
+                f"Model '{model.name}' needs {flops} FLOPs per sample, more than max_flops="
+                f"{self.max_flops}. Start from a smaller model or raise max_flops."
+            )
         self.site_names([site.name for site in find_sites(model) if site.blocked is None])
 
     def split(self, dataset: Any) -> GrowthData:

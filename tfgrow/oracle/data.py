@@ -31,8 +31,9 @@ def split_data(
 
     Args:
       dataset: anything `model.fit` takes, with targets; it may be endless.
-      learn, score, held_out: batches wanted for each part. A shorter dataset is shared out in the
-        same proportions.
+      learn: batches wanted to learn on. A shorter dataset is shared out in the same proportions.
+      score: batches wanted to score with.
+      held_out: batches wanted to judge by.
       seed: shuffles arrays; a `tf.data.Dataset` keeps its own order.
     """
     wanted = (learn, score, held_out)

@@ -8,16 +8,17 @@ from typing import Any
 
 import keras
 
-from tfgrow.estimator import GaussNewtonEstimator
-from tfgrow.graph.cost import CostModel
+from tfgrow.capture.batches import batches_of
+from tfgrow.estimator import SETTLE, GaussNewtonEstimator
+from tfgrow.graph.cost import CostModel, model_flops
 from tfgrow.graph.nodes import trace
-from tfgrow.graph.sites import sites_of
+from tfgrow.graph.sites import find_sites, sites_of
 from tfgrow.morphisms.base import Candidate
 from tfgrow.morphisms.registry import candidates as make_candidates
 from tfgrow.morphisms.registry import get
 from tfgrow.oracle.base import GrowthOracle
 from tfgrow.oracle.data import GrowthData, split_data
-from tfgrow.oracle.selection import Group, require_whole, select
+from tfgrow.oracle.selection import Group, Limits, require_whole, select
 from tfgrow.types import Cost, Plan
 
 
@@ -33,7 +34,8 @@ class GaussNewtonOracle(GrowthOracle):
     Args:
       objective: name of the metric that ranks the trials.
       morphisms: kinds of edits to consider.
-      curvature: see `GaussNewtonEstimator`.
+      curvature: see `GaussNewtonEstimator`; with `"auto"` theta is learned on sampled columns and
+        candidates are scored on exact ones where the model has few logits.
       new_units: single new units tried per site and step.
       learn_steps: learning steps per growth step, one batch each.
       score_batches: batches that candidates are scored on.
@@ -60,7 +62,7 @@ class GaussNewtonOracle(GrowthOracle):
         *,
         curvature: str = "auto",
         new_units: int = 4,
-        learn_steps: int = 16,
+        learn_steps: int = 8,
         score_batches: int = 12,
         held_out_batches: int = 8,
         learning_rate: float = 0.1,
@@ -87,16 +89,19 @@ class GaussNewtonOracle(GrowthOracle):
         self.held_out_batches = held_out_batches
         self.learning_rate = learning_rate
 
+    def check(self, model: keras.Model, data: Any) -> None:
+        """Also checks the loss, and one batch of the data against model and loss."""
+        super().check(model, data)
+        first = data.learn[0] if isinstance(data, GrowthData) else next(batches_of(data))
+        GaussNewtonEstimator(model, curvature=self.curvature).loss([first])
+
     def split(self, dataset) -> GrowthData:
         """Disjoint batches of a dataset for one growth step."""
         if isinstance(dataset, GrowthData):
             return dataset
+        learn = self.learn_steps + SETTLE
         return split_data(
-            dataset,
-            self.learn_steps + 6,
-            self.score_batches,
-            self.held_out_batches,
-            seed=self.next_seed(),
+            dataset, learn, self.score_batches, self.held_out_batches, seed=self.next_seed()
         )
 
     def propose_plan(
@@ -117,19 +122,26 @@ class GaussNewtonOracle(GrowthOracle):
         wanted = self.site_names([site.name for site in sites])
         limits = self.limits(model.count_params(), costs.base.flops)
         seed = self.next_seed()
-        candidates = make_candidates(model, self.morphisms, wanted, self.new_units, seed)
-        estimator = GaussNewtonEstimator(model, curvature=self.curvature, seed=seed)
+        every = make_candidates(model, self.morphisms, wanted, self.new_units, seed)
+        candidates = [candidate for candidate in every if _fits(candidate.cost, limits)]
+        if not candidates:
+            return Plan((), 0.0, Cost(), {}, clock.seconds, reason=_why_none(every, limits))
+        # One sampled column a batch teaches theta as well as all exact ones, at a fraction of the
+        # cost; the choice between candidates deserves the exact curvature where that is small.
+        learning = "sampled" if self.curvature == "auto" else self.curvature
+        learner = GaussNewtonEstimator(model, curvature=learning, seed=seed)
+        judge = GaussNewtonEstimator(model, curvature=self.curvature, seed=seed)
         clock.lap("prepare")
-        learned = estimator.learn(
-            candidates, parts.learn, self.learn_steps, self.learning_rate, progress
+        learned = learner.learn(
+            candidates, parts.learn, self.learn_steps, self.learning_rate, progress=progress
         )
         clock.lap("learn")
-        interaction = estimator.interaction(learned, parts.score)
+        interaction = judge.interaction(learned, parts.score)
         clock.lap("score")
         selection = select(
             interaction,
             groups=[_group(candidate) for candidate in learned],
-            widths={site.name: site.units for site in sites},
+            widths=_units(sites),
             cost_of=lambda chosen: _joint_cost(costs, [learned[i] for i in chosen]),
             limits=limits,
             tie_break_seed=seed,
@@ -145,10 +157,27 @@ class GaussNewtonOracle(GrowthOracle):
             reason=selection.reason,
         )
 
-    def estimate(self, model: keras.Model, candidates: Sequence[Candidate], batches) -> float:
+    def estimate(
+        self, model: keras.Model, candidates: Sequence[Candidate], batches: Any
+    ) -> float | None:
         """Joint estimate of some candidates on batches, for instance scaled down by the guard."""
         estimator = GaussNewtonEstimator(model, curvature=self.curvature, seed=self.seed)
         return estimator.joint_change(candidates, batches)
+
+    def _why_stopped(self, model: keras.Model) -> str | None:
+        """Also when there is some budget left, but not enough for the smallest edit."""
+        reason = super()._why_stopped(model)
+        if reason or (self.max_params is None and self.max_flops is None):
+            return reason
+        flops = model_flops(trace(model))
+        left = Limits(
+            params=_left(self.max_params, model.count_params()), flops=_left(self.max_flops, flops)
+        )
+        names = [site.name for site in find_sites(model) if site.blocked is None]
+        every = make_candidates(model, self.morphisms, self.site_names(names), self.new_units)
+        if any(_fits(candidate.cost, left) for candidate in every):
+            return None
+        return f"budget reached: {_why_none(every, left)}"
 
 
 class _Clock:
@@ -165,13 +194,38 @@ class _Clock:
 
 
 def _group(candidate: Candidate) -> Group:
-    """Two edits of one old unit exclude each other; new units exclude nothing."""
-    old = candidate.morphism != "add"
+    """Two edits of one old unit exclude each other; what is new excludes nothing."""
     return Group(
         site=candidate.site.name,
-        excludes=candidate.unit if old else None,
+        excludes=candidate.unit if get(candidate.morphism).edits_unit else None,
         cost_class=candidate.morphism,
     )
+
+
+def _fits(cost: Cost, limits: Limits) -> bool:
+    """Whether an edit alone stays within what may be spent; what costs nothing always does."""
+    return all(
+        spent <= 0 or limit is None or spent <= limit
+        for spent, limit in ((cost.params, limits.params), (cost.flops, limits.flops))
+    )
+
+
+def _left(budget: int | None, used: int) -> int | None:
+    return None if budget is None else max(0, budget - used)
+
+
+def _why_none(every: Sequence[Candidate], limits: Limits) -> str:
+    if not every:
+        return "there is no candidate"
+    smallest = min((candidate.cost for candidate in every), key=lambda c: (c.params, c.flops))
+    return (
+        f"the smallest edit adds {smallest.params} parameters and {smallest.flops} FLOPs, and may "
+        f"add {_or_any(limits.params)} and {_or_any(limits.flops)}"
+    )
+
+
+def _or_any(limit: int | None) -> str:
+    return "any number" if limit is None else str(limit)
 
 
 def _joint_cost(costs: CostModel, chosen: Sequence[Candidate]) -> Cost:
@@ -185,6 +239,10 @@ def _extra_units(chosen: Sequence[Candidate]) -> dict[str, int]:
     return extra
 
 
+def _units(sites) -> dict[str, int]:
+    return {site.name: site.units for site in sites}
+
+
 def _widths(sites, chosen) -> dict[str, tuple[int, int]]:
-    units = {site.name: site.units for site in sites}
+    units = _units(sites)
     return {name: (units[name], units[name] + n) for name, n in _extra_units(chosen).items()}

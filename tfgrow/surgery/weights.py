@@ -7,7 +7,7 @@ that a split's deviation theta is inherited by the halves of a split input chann
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -59,6 +59,7 @@ def layer_changes(edits: Sequence[WidthEdit]) -> list[LayerChange]:
 
 
 def new_width(edit: WidthEdit) -> int:
+    """Units of the site after the edit."""
     return edit.site.units + len(edit.appended)
 
 
@@ -142,12 +143,10 @@ class _LayerWork:
             share = np.ones(grown.size)
             for row, unit in enumerate(units):
                 where = grown.index[row]
-                parent = unit if isinstance(unit, int) else unit.source
-                if parent == NEWBORN:
-                    rows = self._newborn_rows(unit.fan_out[consumer], name, axis)
-                    new[where] = rows
+                if not isinstance(unit, int) and unit.source == NEWBORN:
+                    new[where] = self._newborn_rows(unit.fan_out[consumer], name, axis)
                     continue
-                known = leaf.channels.index[parent]
+                known = leaf.channels.index[unit if isinstance(unit, int) else unit.source]
                 source[where] = known
                 share[where] = 1.0 if isinstance(unit, int) else unit.fan_out[consumer]
                 new[where] = old[known] * share[where[0]]
@@ -208,5 +207,3 @@ def inherited(change: VariableChange, old: np.ndarray) -> np.ndarray:
             shape = [-1 if axis == source.axis else 1 for axis in range(value.ndim)]
             value = np.where((source.source == NEWBORN).reshape(shape), change.value, value)
     return value.astype(np.asarray(old).dtype)
-
-

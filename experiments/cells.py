@@ -1,0 +1,183 @@
+"""The cells of `experiments.pays`: one training each, in a process of its own, kept in a file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import multiprocessing
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+ARMS = ("grown", "same_epochs", "same_time")
+ENDLESS = 100_000
+"""Epochs of a training that its clock ends."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One training: what it is, and everything that decides its outcome.
+
+    Attributes:
+      arm: one of `ARMS`.
+      seed: of the network, the split of the data and everything else random.
+      settings: the flags.
+    """
+
+    arm: str
+    seed: int
+    settings: Mapping[str, Any]
+
+    @property
+    def path(self) -> Path:
+        """The cell's file."""
+        folder = f"{self.settings['dataset'].replace('/', '-')}-{self.settings['model']}"
+        name = f"{self.arm}-seed{self.seed}.json"
+        return Path(self.settings["results_dir"]) / folder / name
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """The settings that a finished cell must agree with to count."""
+        places = ("data_dir", "results_dir", "seeds")
+        return {name: value for name, value in self.settings.items() if name not in places}
+
+
+def load(cell: Cell) -> dict[str, Any] | None:
+    """The result of a finished cell, or None.
+
+    Raises:
+      ValueError: the file is of a run with other settings.
+    """
+    if not cell.path.exists():
+        return None
+    found = json.loads(cell.path.read_text())
+    differ = {
+        name: (found["settings"].get(name), value)
+        for name, value in cell.key.items()
+        if found["settings"].get(name) != value
+    }
+    if differ:
+        raise ValueError(
+            f"'{cell.path}' was made with other settings (found, wanted): {differ}. Choose "
+            "another --results_dir, or remove the file."
+        )
+    return found
+
+
+def run_cell(cell: Cell, grown: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Trains one cell and writes its file; meant for a fresh process.
+
+    Args:
+      cell: which.
+      grown: the result of the seed's `grown` cell; None for that cell itself.
+    """
+    import tensorflow as tf
+
+    threads = cell.settings["threads"]
+    tf.config.threading.set_intra_op_parallelism_threads(threads)
+    tf.config.threading.set_inter_op_parallelism_threads(1)
+    from experiments import datasets, reports, training
+
+    training.make_repeatable(cell.seed)
+    data = datasets.load(cell.settings["dataset"], cell.settings["data_dir"], seed=cell.seed)
+    trained, epochs = _grow(cell, data) if grown is None else _from_scratch(cell, data, grown)
+    result = {
+        "arm": cell.arm,
+        "seed": cell.seed,
+        "settings": cell.key,
+        "epochs": epochs,
+        "widths": training.open_widths(trained.model),
+        "params": trained.model.count_params(),
+        "test_accuracy": trained.test_accuracy,
+        "test_loss": trained.test_loss,
+        "seconds": trained.seconds,
+        "growth_seconds": trained.growth_seconds,
+        "events": [event.to_json() for event in trained.events],
+        "history": trained.history,
+    }
+    cell.path.parent.mkdir(parents=True, exist_ok=True)
+    reports.write_json(cell.path, result)
+    return result
+
+
+def in_fresh_process(cell: Cell, grown: Mapping[str, Any] | None) -> dict[str, Any]:
+    """`run_cell` in a new process: nothing of one cell is left in memory for the next."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(run_cell, cell, grown).result()
+
+
+def _recipe(cell: Cell, epochs: int) -> Any:
+    from experiments import training
+
+    names = ("batch_size", "learning_rate", "optimizer")
+    chosen = {name: cell.settings[name] for name in names}
+    return training.Recipe(epochs=epochs, seed=cell.seed, **chosen)
+
+
+def _network(cell: Cell, data: Any, widths: Sequence[int] | None) -> Any:
+    from experiments import training
+
+    settings = cell.settings
+    return training.seed_network(settings["model"], data, widths, cell.seed, settings["augment"])
+
+
+def _grow(cell: Cell, data: Any) -> tuple[Any, int]:
+    from experiments import training
+
+    names = ("max_params", "growth_per_step", "morphisms", "curvature")
+    oracle = {name: cell.settings[name] for name in names}
+    growing = training.Growing("every", cell.settings["every"], cell.settings["settle"], oracle)
+    epochs = cell.settings["epochs"]
+    trained = training.train_growing(
+        _network(cell, data, cell.settings["widths"]),
+        data,
+        _recipe(cell, epochs),
+        growing,
+        training.make_oracle(growing, cell.seed),
+    )
+    return trained, epochs
+
+
+def _from_scratch(cell: Cell, data: Any, grown: Mapping[str, Any]) -> tuple[Any, int]:
+    from experiments import training
+
+    widths = list(grown["widths"].values())
+    model = _network(cell, data, widths)
+    if model.count_params() != grown["params"]:
+        raise ValueError(
+            f"From scratch the network has {model.count_params()} parameters, grown "
+            f"{grown['params']}: --model={cell.settings['model']} does not follow from its widths."
+        )
+    if cell.arm == "same_epochs":
+        return training.train(model, data, _recipe(cell, grown["epochs"])), grown["epochs"]
+    clock = _until_time_is_up(grown["seconds"], cell.settings["learning_rate"])
+    recipe = dataclasses.replace(_recipe(cell, ENDLESS), decay="constant")
+    trained = training.train(model, data, recipe, [clock])
+    return trained, len(trained.history["loss"])
+
+
+def _until_time_is_up(seconds: float, learning_rate: float) -> Any:
+    """A callback that stops a fit after so many seconds, the learning rate falling to 0 by then.
+
+    By the clock, not by a number of epochs guessed beforehand: how long an epoch takes varies.
+    """
+    import keras
+
+    class Clock(keras.callbacks.Callback):
+        def on_train_begin(self, logs=None):
+            self._started = time.perf_counter()
+
+        def on_train_batch_begin(self, batch, logs=None):
+            share = min(1.0, (time.perf_counter() - self._started) / seconds)
+            rate = learning_rate * 0.5 * (1 + math.cos(math.pi * share))
+            self.model.optimizer.learning_rate = rate
+
+        def on_train_batch_end(self, batch, logs=None):
+            if time.perf_counter() - self._started >= seconds:
+                self.model.stop_training = True
+
+    return Clock()

@@ -1,0 +1,239 @@
+"""Trains a seed network, growing it or not, and says what came of it: what the binaries share."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+import tfgrow
+from experiments import models
+from experiments.datasets import Dataset
+
+LOSS = "sparse_categorical_crossentropy"
+EVALUATION_BATCH = 256
+
+OPTIMIZERS = {
+    "adagrad": keras.optimizers.Adagrad,
+    "adam": keras.optimizers.Adam,
+    "adamw": keras.optimizers.AdamW,
+    "lion": keras.optimizers.Lion,
+    "rmsprop": keras.optimizers.RMSprop,
+    "sgd": lambda rate: keras.optimizers.SGD(rate, momentum=0.9, nesterov=True),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How a network is trained.
+
+    Attributes:
+      epochs, batch_size, learning_rate: as in `model.fit`.
+      optimizer: a name of `OPTIMIZERS`.
+      decay: `"cosine"` (the learning rate falls to 0 over the epochs) or `"constant"`.
+      seed: of everything random.
+    """
+
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    optimizer: str = "adam"
+    decay: str = "cosine"
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Growing:
+    """When and how far a network grows; see `tfgrow.GaussNewtonOracle` for what is not here.
+
+    Attributes:
+      schedule: `"every"` (each `every` epochs) or `"plateau"` (when the validation loss has not
+        improved for `every` epochs).
+      every: see `schedule`.
+      settle: share of the epochs, at the end, in which the network only trains.
+      oracle: arguments of the oracle: budget, morphisms, choice of sites...
+    """
+
+    schedule: str
+    every: int
+    settle: float
+    oracle: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Trained:
+    """A trained network and how it did.
+
+    Attributes:
+      model: the network.
+      history: figures by epoch, as from `model.fit`.
+      seconds: wall time of the fit, validation and growth included.
+      test_loss, test_accuracy: on the test split.
+      events: `GrowthEvent`s, in order; empty when it was not to grow.
+    """
+
+    model: keras.Model
+    history: Mapping[str, list[float]]
+    seconds: float
+    test_loss: float
+    test_accuracy: float
+    events: tuple[tfgrow.GrowthEvent, ...] = ()
+
+    @property
+    def growth_seconds(self) -> float:
+        """Seconds inside growth events: learning, scoring, choosing, guard, surgery."""
+        return sum(sum(event.seconds.values()) for event in self.events)
+
+
+def make_repeatable(seed: int) -> None:
+    """Seeds every generator and fixes the order of TensorFlow's sums: equal seeds, equal runs."""
+    keras.utils.set_random_seed(seed)
+    tf.config.experimental.enable_op_determinism()
+
+
+def seed_network(
+    name: str, data: Dataset, widths: Sequence[int] | None, seed: int, augment: bool = False
+) -> keras.Model:
+    """A growable network of `experiments.models`, not yet compiled."""
+    stock = models.build(name, data.input_shape, data.num_classes, widths, seed, augment=augment)
+    return tfgrow.convert(stock)
+
+
+def open_widths(model: keras.Model) -> dict[str, int]:
+    """Units of every site that can grow, in the order of the network."""
+    return {site.name: site.units for site in tfgrow.find_sites(model) if site.blocked is None}
+
+
+def make_oracle(
+    growing: Growing, seed: int, directory: str | os.PathLike[str] | None = None
+) -> tfgrow.GaussNewtonOracle:
+    """The oracle of a run; its project is `directory/oracle`, or in memory only."""
+    place: dict[str, Any] = (
+        {} if directory is None else {"directory": directory, "project_name": "oracle"}
+    )
+    return tfgrow.GaussNewtonOracle("val_loss", seed=seed, **growing.oracle, **place)
+
+
+def train(
+    model: keras.Model,
+    data: Dataset,
+    recipe: Recipe,
+    callbacks: Sequence[keras.callbacks.Callback] = (),
+    verbose: bool = True,
+) -> Trained:
+    """Compiles the model, fits it on the training split and evaluates it on the test split.
+
+    Args:
+      model: an uncompiled network that takes the dataset's images.
+      data: the dataset.
+      recipe: how it is trained.
+      callbacks: beside the one that prints.
+      verbose: print a line per epoch.
+    """
+    batches = data.as_dataset("train", recipe.batch_size, seed=recipe.seed)
+    model.compile(_optimizer(recipe, len(batches)), LOSS, metrics=["accuracy"])
+    clock = time.perf_counter()
+    history = model.fit(
+        batches,
+        validation_data=data.as_dataset("val", EVALUATION_BATCH),
+        epochs=recipe.epochs,
+        shuffle=False,  # the dataset shuffles
+        callbacks=[*callbacks, *([EpochLines()] if verbose else [])],
+        verbose=0,
+    )
+    seconds = time.perf_counter() - clock
+    test = data.as_dataset("test", EVALUATION_BATCH)
+    loss, accuracy = model.evaluate(test, verbose=0)
+    events = [c.events for c in callbacks if isinstance(c, tfgrow.callbacks.Growth)]
+    return Trained(
+        model, history.history, seconds, loss, accuracy, tuple(events[0]) if events else ()
+    )
+
+
+def train_growing(
+    model: keras.Model,
+    data: Dataset,
+    recipe: Recipe,
+    growing: Growing,
+    oracle: tfgrow.GaussNewtonOracle,
+    journal: str | os.PathLike[str] | None = None,
+    verbose: bool = True,
+) -> Trained:
+    """`train`, growing: edits are learned, scored and judged on training images.
+
+    Args:
+      model: as for `train`, growable.
+      data: the dataset.
+      recipe: how it is trained.
+      growing: when it grows.
+      oracle: what proposes the edits.
+      journal: path of the JSON file of the events, or None.
+      verbose: print a line per epoch and per event.
+    """
+    growth = tfgrow.callbacks.Growth(
+        oracle,
+        data=data.as_dataset("train", recipe.batch_size, seed=recipe.seed + 1),
+        when=_schedule(growing, recipe.epochs),
+        journal=None if journal is None else os.fspath(journal),
+        verbose=2 if verbose else 0,
+    )
+    return train(model, data, recipe, [growth], verbose)
+
+
+class Until(tfgrow.schedules.Schedule):
+    """Another schedule up to an epoch, so that the last growth is trained too.
+
+    Args:
+      schedule: the other.
+      last: the last epoch after which the network may grow.
+    """
+
+    def __init__(self, schedule: tfgrow.schedules.Schedule, last: int) -> None:
+        self.schedule = schedule
+        self.last = last
+
+    def should_grow(self, epoch: int, logs: Mapping[str, Any] | None = None) -> bool:
+        return self.schedule.should_grow(epoch, logs) and epoch <= self.last
+
+    def reset(self) -> None:
+        self.schedule.reset()
+
+
+class EpochLines(keras.callbacks.Callback):
+    """One short line per epoch, which reads well in a log."""
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._clock = time.perf_counter()
+
+    def on_epoch_end(self, epoch, logs=None):
+        logs = logs or {}
+        total = self.params["epochs"]
+        print(
+            f"epoch {epoch + 1:{len(str(total))}}/{total}  loss {logs['loss']:.4f}  "
+            f"val_loss {logs['val_loss']:.4f}  val_accuracy {logs['val_accuracy']:.4f}  "
+            f"parameters {self.model.count_params():,}  {time.perf_counter() - self._clock:.1f} s",
+            flush=True,
+        )
+
+
+def _optimizer(recipe: Recipe, steps_per_epoch: int) -> keras.optimizers.Optimizer:
+    rate: Any = recipe.learning_rate
+    if recipe.decay == "cosine":
+        steps = max(1, recipe.epochs * steps_per_epoch)
+        rate = keras.optimizers.schedules.CosineDecay(rate, steps)
+    return OPTIMIZERS[recipe.optimizer](rate)
+
+
+def _schedule(growing: Growing, epochs: int) -> Until:
+    kinds = {
+        "every": lambda: tfgrow.schedules.EveryNEpochs(growing.every),
+        "plateau": lambda: tfgrow.schedules.OnPlateau("val_loss", patience=growing.every),
+    }
+    last = math.floor((1 - growing.settle) * epochs + 1e-9)
+    return Until(kinds[growing.schedule](), min(last, epochs - 1))

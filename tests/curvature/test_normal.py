@@ -1,0 +1,154 @@
+"""Normal equations of outgoing weights against sums written out sample by sample."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tfgrow.curvature.normal import (
+    DAMPINGS,
+    add_sums,
+    cross_damping,
+    dense_sums,
+    kronecker_sums,
+    quadratic,
+    scale_sums,
+    solve_sums,
+    zero_sums,
+)
+
+UNITS, SAMPLES, COLUMNS = 2, 30, 3
+SIZES = ((4, 3, 2), (1, 2, 3))  # per consumer: positions, inputs, outputs
+
+
+def batch(seed=0, sizes=SIZES, samples=SAMPLES):
+    """What consumers see, and the cotangents of what they compute."""
+    rng = np.random.default_rng(seed)
+    seen = [rng.standard_normal((UNITS, samples, p, a)).astype("float32") for p, a, _ in sizes]
+    cotangents = [
+        rng.standard_normal((1 + COLUMNS, samples, p, o)).astype("float32") for p, _, o in sizes
+    ]
+    return seen, cotangents
+
+
+def tensors(arrays):
+    return [tf.constant(array) for array in arrays]
+
+
+def sums_of(make, *args, **kwargs):
+    seen, cotangents = batch(*args, **kwargs)
+    return make(tensors(seen), tensors(cotangents))
+
+
+def written_out(seen, cotangents):
+    """G `[n, W]` and Q `[n, W, W]`, one sample, column and unit at a time."""
+    linear, curvature = [], []
+    for unit in range(UNITS):
+        slopes = []  # [1 + K, N, W]
+        for which in range(1 + COLUMNS):
+            per_sample = []
+            for i in range(seen[0].shape[1]):
+                parts = [
+                    (u[unit, i].T @ c[which, i]).ravel()
+                    for u, c in zip(seen, cotangents, strict=True)
+                ]
+                per_sample.append(np.concatenate(parts))
+            slopes.append(per_sample)
+        slopes = np.array(slopes, dtype="float64")
+        linear.append(slopes[0].sum(axis=0))
+        curvature.append(np.einsum("kia,kib->ab", slopes[1:], slopes[1:]))
+    return np.array(linear), np.array(curvature)
+
+
+def test_dense_sums():
+    seen, cotangents = batch()
+    linear, curvature = written_out(seen, cotangents)
+    sums = dense_sums(tensors(seen), tensors(cotangents))
+    np.testing.assert_allclose(sums["g"], linear, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(sums["q"], curvature, rtol=1e-4, atol=1e-3)
+
+
+def test_sums_of_two_batches_add_up():
+    one, two = batch(1), batch(2)
+    both = [
+        [np.concatenate(pair, axis=1) for pair in zip(x, y, strict=True)]
+        for x, y in zip(one, two, strict=True)
+    ]
+    for make in (dense_sums, kronecker_sums):
+        added = add_sums(make(*map(tensors, one)), make(*map(tensors, two)))
+        whole = make(*map(tensors, both))
+        for name in whole:
+            np.testing.assert_allclose(added[name], whole[name], rtol=1e-4, atol=1e-3)
+        halved = scale_sums(whole, 0.5)
+        np.testing.assert_allclose(halved["g"], 0.5 * whole["g"].numpy())
+
+
+def test_no_data_has_the_same_names_and_shapes():
+    weights = [(a, o) for _, a, o in SIZES]
+    for make, dense in ((dense_sums, True), (kronecker_sums, False)):
+        nothing, something = zero_sums(UNITS, weights, dense), sums_of(make)
+        assert {k: v.shape for k, v in nothing.items()} == {
+            k: v.shape for k, v in something.items()
+        }
+        assert not any(np.any(value) for value in nothing.values())
+
+
+def test_kronecker_gradient_is_exact_and_its_curvature_is_for_independent_factors():
+    """One position, inputs and cotangents independent: Q is the product of its factors."""
+    sizes = ((1, 3, 2),)
+    seen, cotangents = batch(3, sizes, samples=20_000)
+    factored = kronecker_sums(tensors(seen), tensors(cotangents))
+    whole = dense_sums(tensors(seen), tensors(cotangents))
+    np.testing.assert_allclose(factored["g"], whole["g"], rtol=1e-3, atol=0.2)
+    phi = np.random.default_rng(4).standard_normal((UNITS, 6)).astype("float32")
+    curved = [quadratic(sums, phi) - quadratic(sums, 0 * phi) for sums in (factored, whole)]
+    np.testing.assert_allclose(*curved, rtol=0.05)
+    solved = [solve_sums(sums, 0.01).numpy() for sums in (factored, whole)]
+    np.testing.assert_allclose(*solved, atol=0.1 * np.abs(solved[1]).max())
+
+
+@pytest.mark.parametrize("make", [dense_sums, kronecker_sums])
+def test_solution_minimises_the_damped_quadratic(make):
+    sums = sums_of(make)
+    best = solve_sums(sums, 1e-9).numpy()
+    lowest = quadratic(sums, best)
+    rng = np.random.default_rng(5)
+    for _ in range(20):
+        other = best + 0.1 * np.abs(best).max() * rng.standard_normal(best.shape)
+        assert (quadratic(sums, other) > lowest).all()
+    assert (lowest < 0).all()
+    sizes = [np.linalg.norm(solve_sums(sums, damping), axis=1) for damping in (0.0, 0.1, 10.0)]
+    assert (sizes[0] > sizes[1]).all()
+    assert (sizes[1] > sizes[2]).all()
+
+
+def test_quadratic_of_dense_sums():
+    linear, curvature = written_out(*batch())
+    phi = np.random.default_rng(6).standard_normal(linear.shape)
+    expected = (linear * phi).sum(1) + 0.5 * np.einsum("na,nab,nb->n", phi, curvature, phi)
+    np.testing.assert_allclose(quadratic(sums_of(dense_sums), phi), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dense", [True, False])
+def test_dead_units_solve_to_zero(dense):
+    weights = [(a, o) for _, a, o in SIZES]
+    phi = solve_sums(zero_sums(UNITS, weights, dense), 0.1).numpy()
+    if not dense:  # no rows at all: nothing is known of the other factor
+        sums = {**zero_sums(UNITS, weights, dense), "rows/0": tf.ones(()), "rows/1": tf.ones(())}
+        phi = solve_sums(sums, 0.1).numpy()
+    np.testing.assert_array_equal(phi, np.zeros_like(phi))
+
+
+def test_damping_is_per_unit():
+    sums = sums_of(dense_sums)
+    mixed = solve_sums(sums, np.array([0.1, 10.0])).numpy()
+    np.testing.assert_allclose(mixed[0], solve_sums(sums, 0.1)[0], rtol=1e-6)
+    np.testing.assert_allclose(mixed[1], solve_sums(sums, 10.0)[1], rtol=1e-6)
+
+
+def test_crossed_halves_choose_the_damping():
+    """Halves that say the same want none; halves of pure noise want the most."""
+    same = sums_of(dense_sums, 1)
+    np.testing.assert_array_equal(cross_damping(same, same), [min(DAMPINGS)] * UNITS)
+    few = {"samples": 4}
+    one, two = sums_of(dense_sums, 1, **few), sums_of(dense_sums, 2, **few)
+    np.testing.assert_array_equal(cross_damping(one, two), [max(DAMPINGS)] * UNITS)

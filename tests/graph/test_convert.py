@@ -1,0 +1,233 @@
+"""convert and strip: the same function, weights, configs and training state, in other layers."""
+
+import json
+import zipfile
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+import tfgrow
+from tests.cases import CASES, by_name, class_data, inputs_of, regression_data
+from tfgrow.graph.convert import copy_model
+from tfgrow.layers.registry import GROWABLE_CLASSES
+
+TABLE = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+def outputs(model, x):
+    return np.asarray(model(x, training=False))
+
+
+def flat_layers(model):
+    """The layers of a model, those of nested models in the place of the model."""
+    for layer in model.layers:
+        if isinstance(layer, keras.Model):
+            yield from flat_layers(layer)
+        elif not isinstance(layer, layers.InputLayer):
+            yield layer
+
+
+@TABLE
+def test_convert_is_exact_and_strip_its_inverse(case):
+    stock = case.stock()
+    x, weights = inputs_of(stock, 5), [w.copy() for w in stock.get_weights()]
+    model = tfgrow.convert(stock)
+    plain = tfgrow.strip(model)
+    np.testing.assert_allclose(outputs(model, x), outputs(stock, x), atol=1e-6)
+    np.testing.assert_allclose(outputs(plain, x), outputs(stock, x), atol=1e-6)
+    assert any(isinstance(layer, GROWABLE_CLASSES) for layer in model.layers)
+    originals = {layer.name: layer for layer in flat_layers(stock)}
+    twins = {layer.name: layer for layer in flat_layers(plain)}
+    assert set(originals) == set(twins)
+    for name, layer in originals.items():
+        assert type(twins[name]) is type(layer)
+        assert twins[name].get_config() == layer.get_config()
+        assert twins[name] is not layer
+    for before, after in zip(weights, stock.get_weights(), strict=True):
+        np.testing.assert_array_equal(before, after)
+
+
+def test_converting_twice_changes_nothing():
+    model = by_name("conv_bn_relu").model()
+    again = tfgrow.convert(model)
+    assert [type(layer) for layer in again.layers] == [type(layer) for layer in model.layers]
+    x = inputs_of(model, 3)
+    np.testing.assert_array_equal(outputs(again, x), outputs(model, x))
+
+
+def test_stripped_file_knows_nothing_of_tfgrow(tmp_path):
+    model = by_name("depthwise").model()
+    model.compile("adam", "mse")
+    tfgrow.widen(model, "conv1", 2)
+    path = tmp_path / "plain.keras"
+    tfgrow.strip(model).save(path)
+    with zipfile.ZipFile(path) as file:
+        config = file.read("config.json").decode()
+    assert "tfgrow" not in config
+    assert json.loads(config)["config"]["name"] == model.name
+    x = inputs_of(model, 3)
+    loaded = keras.models.load_model(path)
+    np.testing.assert_allclose(outputs(loaded, x), outputs(model, x), atol=1e-6)
+    assert all(type(layer).__module__.startswith("keras.") for layer in loaded.layers)
+
+
+@pytest.mark.parametrize("name", ["bn_after_activation", "nested", "two_inputs"])
+def test_training_goes_on_as_it_would_have(name):
+    stock = by_name(name).stock()
+    stock.compile(keras.optimizers.Adam(0.01), "mse", metrics=["mae"])
+    x, y = regression_data(stock, 8)
+    stock.train_on_batch(x, y)
+    model = tfgrow.convert(stock)
+    plain = tfgrow.strip(model)
+    for step in range(2):
+        expected = stock.train_on_batch(x, y)
+        np.testing.assert_allclose(model.train_on_batch(x, y), expected, rtol=1e-5, err_msg=step)
+        np.testing.assert_allclose(plain.train_on_batch(x, y), expected, rtol=1e-5, err_msg=step)
+    assert int(model.optimizer.iterations) == 3
+    assert model.optimizer is not stock.optimizer
+    np.testing.assert_allclose(outputs(model, x), outputs(stock, x), atol=2e-5)
+
+
+def half_squared(y_true, y_pred):
+    return 0.5 * keras.ops.mean(keras.ops.square(y_pred - y_true), axis=-1)
+
+
+def cubic(x):
+    return x * x * x
+
+
+@pytest.mark.parametrize("name", ["perceptron", "two_inputs"])
+def test_unregistered_losses_and_metrics_survive(name):
+    stock = by_name(name).stock()
+    stock.compile("sgd", half_squared, metrics=[half_squared, keras.metrics.MeanSquaredError()])
+    model = tfgrow.convert(stock)
+    x, y = regression_data(stock)
+    assert model.loss is half_squared
+    np.testing.assert_allclose(
+        model.evaluate(x, y, verbose=0), stock.evaluate(x, y, verbose=0), rtol=1e-6
+    )
+    assert all(mine is not theirs for mine, theirs in zip(model.metrics, stock.metrics))  # noqa: B905
+
+
+def test_unregistered_activations_survive():
+    stock = keras.Sequential([keras.Input((3,)), layers.Dense(4, activation=cubic, name="a")])
+    model = tfgrow.strip(tfgrow.convert(stock))
+    assert model.get_layer("a").activation is cubic
+
+
+def test_uncompiled_stays_uncompiled():
+    stock = by_name("two_inputs").stock()
+    assert not tfgrow.convert(stock).compiled
+    stock.compile("adam", "mse")
+    assert tfgrow.convert(stock).compiled
+    assert not copy_model(stock, compiled=False).compiled
+
+
+class DoubleSteps(keras.Model):
+    def train_step(self, data):
+        super().train_step(data)
+        return super().train_step(data)
+
+
+class OwnArguments(keras.Model):
+    def __init__(self, width):
+        inputs = keras.Input((3,))
+        super().__init__(inputs, layers.Dense(2)(layers.Dense(width)(inputs)))
+
+
+class OwnArgumentsAndSteps(OwnArguments):
+    def train_step(self, data):
+        return super().train_step(data)
+
+
+def test_class_with_its_own_training_is_kept():
+    inputs = keras.Input((3,))
+    stock = DoubleSteps(inputs, layers.Dense(2)(layers.Dense(3)(inputs)))
+    assert type(tfgrow.convert(stock)) is type(stock)
+
+
+def test_class_with_its_own_arguments_becomes_plain_unless_it_trains_its_own_way():
+    model = tfgrow.convert(OwnArguments(4))
+    assert not isinstance(model, OwnArguments)
+    assert [site.units for site in tfgrow.find_sites(model)] == [4, 2]
+    with pytest.raises(TypeError, match=r"OwnArgumentsAndSteps with its own train_step"):
+        tfgrow.convert(OwnArgumentsAndSteps(4))
+
+
+def test_layers_of_equal_name_in_nested_models_are_told_apart():
+    def block(name):
+        return keras.Sequential(
+            [keras.Input((3,)), layers.Dense(3, activation="relu", name="dense")], name=name
+        )
+
+    inputs = keras.Input((3,))
+    stock = keras.Model(inputs, layers.Dense(2, name="out")(block("b")(block("a")(inputs))))
+    model = tfgrow.convert(stock)
+    x = inputs_of(stock, 4)
+    assert [site.name for site in tfgrow.find_sites(model)] == ["a_dense", "b_dense", "out"]
+    np.testing.assert_allclose(outputs(model, x), outputs(stock, x), atol=1e-6)
+
+
+def test_dictionaries_of_inputs_and_outputs_keep_their_structure():
+    inputs = {"a": keras.Input((3,), name="a"), "b": keras.Input((3,), name="b")}
+    total = inputs["a"] + inputs["b"]
+    stock = keras.Model(inputs, {"y": layers.Dense(2, name="y")(layers.Dense(4)(total))})
+    model = tfgrow.convert(stock)
+    x = {"a": np.ones((2, 3), "float32"), "b": np.ones((2, 3), "float32")}
+    np.testing.assert_allclose(model(x)["y"], stock(x)["y"], atol=1e-6)
+    assert model.input.keys() == stock.input.keys()
+
+
+def test_frozen_layers_stay_frozen():
+    stock = by_name("conv_bn_relu").stock()
+    stock.get_layer("conv1").trainable = False
+    model = tfgrow.convert(stock)
+    assert len(model.trainable_variables) == len(stock.trainable_variables)
+    stock.trainable = False
+    assert not tfgrow.convert(stock).trainable_variables
+
+
+def test_mixed_precision_is_kept():
+    keras.config.set_dtype_policy("mixed_float16")
+    stock = by_name("two_inputs").stock()
+    stock.compile("adam", "mse")
+    keras.config.set_dtype_policy("float32")
+    model = tfgrow.convert(stock)
+    assert model.dtype_policy.name == model.get_layer("first").dtype_policy.name == "mixed_float16"
+    assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
+
+
+def test_class_targets_fit_the_softmax_case():
+    model = by_name("augmented").model()
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    assert np.isfinite(model.evaluate(*class_data(model), verbose=0))
+
+
+class Subclassed(keras.Model):
+    def call(self, inputs):
+        return inputs
+
+
+@pytest.mark.parametrize("function", [tfgrow.convert, tfgrow.strip, tfgrow.find_sites])
+def test_models_without_a_graph_are_refused(function):
+    with pytest.raises(ValueError, match=r"'unbuilt' is not built.*keras.Input"):
+        function(keras.Sequential([layers.Dense(2)], name="unbuilt"))
+    with pytest.raises(TypeError, match=r"'own' is a subclassed model \(Subclassed\)"):
+        function(Subclassed(name="own"))
+    with pytest.raises(TypeError, match=r"Expected a keras.Model, found int"):
+        function(3)
+
+
+def test_nested_subclassed_model_is_refused():
+    inputs = keras.Input((3,))
+    stock = keras.Model(inputs, layers.Dense(2)(Subclassed(name="own")(inputs)))
+    with pytest.raises(TypeError, match=r"'own' is a subclassed model"):
+        tfgrow.convert(stock)
+
+
+def test_layer_without_a_config_is_named():
+    stock = keras.Sequential([keras.Input((3,)), layers.Lambda(lambda x: x * 2, name="twice")])
+    with pytest.raises(ValueError, match=r"'twice' \(Lambda\) can't be made anew from its config"):
+        tfgrow.convert(stock)

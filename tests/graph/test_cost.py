@@ -1,0 +1,73 @@
+"""Costs of edits, against really widened models and TensorFlow's own profiler."""
+
+import keras
+import pytest
+import tensorflow as tf
+
+import tfgrow
+from tests.cases import CASES, by_name
+from tfgrow.graph.cost import CostModel, model_flops
+from tfgrow.graph.nodes import trace
+from tfgrow.graph.sites import sites_of
+
+MULTIPLY_ADDS = {"Conv2D", "DepthwiseConv2dNative", "MatMul", "BatchMatMulV2"}
+
+
+def profiled_flops(model):
+    """FLOPs of the multiply-adds of one sample, as TensorFlow's profiler counts them."""
+    profiler = tf.compat.v1.profiler
+    specs = [tf.TensorSpec((1, *tensor.shape[1:]), tensor.dtype) for tensor in model.inputs]
+    function = tf.function(lambda *x: model(list(x) if len(x) > 1 else x[0], training=False))
+    options = profiler.ProfileOptionBuilder(profiler.ProfileOptionBuilder.float_operation())
+    result = profiler.profile(
+        function.get_concrete_function(*specs).graph,
+        cmd="op",
+        options=options.with_empty_output().build(),
+    )
+    total = 0
+    while result.children:  # the view by operation is a chain
+        (result,) = result.children
+        if result.name in MULTIPLY_ADDS:
+            total += result.float_ops
+    return total
+
+
+# The profiler does not know how much a 3-D convolution costs, and counts the padding that
+# TensorFlow adds to the inputs of dilated ones.
+UNPROFILED = ("conv3d", "dilated_no_bias", "conv1d_causal")
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.name not in UNPROFILED], ids=lambda case: case.name
+)
+def test_flops_are_those_of_tensorflows_profiler(case):
+    model = case.model()
+    assert model_flops(trace(model)) == profiled_flops(model)
+
+
+def test_flops_of_a_3d_convolution():
+    model = by_name("conv3d").model()
+    conv1, conv2 = 3**3 * 2**3 * 1 * 3, (3 * 2 * 3) * 2**3 * 3 * 2
+    assert model_flops(trace(model)) == 2 * (conv1 + conv2 + 2 * 2)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_costs_are_those_of_the_really_widened_model(case):
+    model = case.model()
+    graph = trace(model)
+    costs = CostModel(graph, sites_of(model, graph))
+    before = model.count_params(), model_flops(graph)
+    extra = {name: 1 + number for number, name in enumerate(case.sites)}
+    alone = {c.site.name: c.cost for c in tfgrow.candidates(model, "add", new_units=1)}
+    expected = costs.extra(extra)
+    assert alone == {name: costs.extra({name: 1}) for name in case.sites}
+    for name, units in extra.items():
+        tfgrow.widen(model, name, units)
+    assert model.count_params() - before[0] == expected.params
+    assert model_flops(trace(model)) - before[1] == expected.flops
+
+
+def test_model_of_other_layers_costs_nothing_to_count():
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+    assert model_flops(trace(model)) == 0  # stock layers are counted once they are growable
+    assert model_flops(trace(tfgrow.convert(model))) == 2 * 3 * 2

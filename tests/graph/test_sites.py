@@ -1,0 +1,179 @@
+"""find_sites: every place that can grow, and every other one with its reason."""
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+import tfgrow
+from tests.cases import CASES, by_name
+
+
+def sites_by_name(model):
+    return {site.name: site for site in tfgrow.find_sites(model)}
+
+
+def build(*middle, shape=(6, 6, 2)):
+    """convert(input -> conv 'a' -> the layers given -> flatten -> dense 'out')."""
+    inputs = keras.Input(shape)
+    x = layers.Conv2D(3, 3, name="a")(inputs)
+    for layer in middle:
+        x = layer(x)
+    return tfgrow.convert(keras.Model(inputs, layers.Dense(2, name="out")(layers.Flatten()(x))))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_sites_of_the_table(case):
+    model = case.model()
+    sites = tfgrow.find_sites(model)
+    assert tuple(site.name for site in sites if site.blocked is None) == case.sites
+    for site in sites:
+        assert site.producer is model.get_layer(site.name)
+        assert site.units == site.producer.growth_units
+        assert site.blocked or site.consumers
+        assert site.name in repr(site)
+
+
+def test_paths_and_consumers():
+    site = sites_by_name(by_name("several_consumers").model())["stem"]
+    assert [step.layer.name for step in site.steps] == ["bn", "relu", "gap"]
+    assert {layer.name for layer in site.consumers} == {"left", "right", "pooled"}
+
+
+def test_flatten_maps_channels_to_strided_blocks():
+    site = sites_by_name(by_name("strides_valid_flatten").model())["conv2"]
+    (leaf,) = site.leaves
+    positions = leaf.channels.size // 2
+    np.testing.assert_array_equal(leaf.channels.index[1], 1 + 2 * np.arange(positions))
+
+
+def test_nothing_with_weights_is_left_out():
+    inputs = keras.Input((5, 3))
+    x = layers.LSTM(4, name="lstm")(inputs)
+    x = layers.Dense(3, name="dense")(x)
+    x = layers.LayerNormalization(name="norm")(x)
+    model = tfgrow.convert(keras.Model(inputs, layers.Dense(2, name="out")(x)))
+    sites = sites_by_name(model)
+    assert set(sites) == {"lstm", "dense", "norm", "out"}
+    assert "LSTM" in sites["lstm"].blocked
+    assert "'norm' (LayerNormalization), which mixes channels" in sites["dense"].blocked
+    assert "output layer" in sites["out"].blocked
+    assert sites["norm"].units == 0
+
+
+def blocked(model, name="a"):
+    reason = sites_by_name(model)[name].blocked
+    assert reason, f"site {name} is not blocked"
+    return reason
+
+
+def test_blocked_by_its_own_activation():
+    inputs = keras.Input((3,))
+    hidden = layers.Dense(3, activation="softmax", name="a")(inputs)
+    model = tfgrow.convert(keras.Model(inputs, layers.Dense(2)(hidden)))
+    assert "activation that mixes channels or is unknown" in blocked(model)
+
+
+def test_declared_activations_pass():
+    @tfgrow.layers.register_elementwise
+    def twice(x):
+        return 2 * x
+
+    def undeclared(x):
+        return 3 * x
+
+    def net(activation):
+        inputs = keras.Input((3,))
+        hidden = layers.Dense(3, name="a")(inputs)
+        hidden = layers.Activation(activation, name="activation")(hidden)
+        return tfgrow.convert(keras.Model(inputs, layers.Dense(2)(hidden)))
+
+    assert sites_by_name(net(twice))["a"].blocked is None
+    assert "register_elementwise" in blocked(net(undeclared))
+
+
+@pytest.mark.parametrize(
+    ("layer", "reason"),
+    [
+        (layers.Softmax(name="x"), "'x' .Softmax., which mixes channels"),
+        (layers.LayerNormalization(name="x"), "LayerNormalization"),
+        (layers.BatchNormalization(axis=1, name="x"), "normalises axis 1"),
+        (layers.Rescaling([1.0, 2.0, 3.0], name="x"), "rescales each channel"),
+        (layers.Reshape((16, 3), name="x"), "Reshape"),
+        (
+            layers.DepthwiseConv2D(2, depth_multiplier=2, name="x"),
+            "bias and depth_multiplier=2",
+        ),
+        (layers.Conv2D(3, 1, groups=3, name="x"), "grouped convolution .groups=3."),
+        (layers.Conv2D(2, 1, trainable=False, name="x"), "'x', which is frozen"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, layers.Layer) else "",
+)
+def test_blocked_by_what_follows(layer, reason):
+    model = build(type(layer).from_config(layer.get_config()))
+    with pytest.raises(ValueError, match=f"'a' can't grow.*{reason}"):
+        tfgrow.candidates(model, sites=["a"])
+
+
+def test_blocked_by_a_merge_output_sharing_and_freezing():
+    inputs = keras.Input((3,))
+    a = layers.Dense(3, name="a")(inputs)
+    shared = layers.Dense(3, name="shared")
+    frozen = layers.Dense(3, name="frozen", trainable=False)(shared(shared(a)))
+    tail = layers.Dense(3, name="tail")(frozen)
+    out = layers.ReLU(name="relu")(layers.Add(name="add")([tail, inputs]))
+    model = tfgrow.convert(keras.Model(inputs, [out, layers.ReLU()(a)]))
+    assert "reach the model's output unmixed" in blocked(model, "a") or "shared" in blocked(model)
+    assert "called 2 times" in blocked(model, "shared")
+    assert "frozen (trainable=False)" in blocked(model, "frozen")
+    assert "'add' (Add), which ties them" in blocked(model, "tail")
+    assert sites_by_name(model)["shared"].node is None
+
+
+def test_blocked_by_masks():
+    inputs = keras.Input((5,), dtype="int32")
+    x = layers.Embedding(7, 3, mask_zero=True, name="embedding")(inputs)
+    x = layers.Dense(3, activation="relu", name="a")(x)
+    x = layers.GlobalAveragePooling1D(name="gap")(x)
+    x = layers.Dense(3, activation="relu", name="b")(x)
+    model = tfgrow.convert(keras.Model(inputs, layers.Dense(2, name="out")(x)))
+    assert "'gap' (GlobalAveragePooling1D), which reads a mask" in blocked(model, "a")
+    assert sites_by_name(model)["b"].blocked is None
+
+
+def test_images_of_any_size_do_not_block():
+    inputs = keras.Input((None, None, 2))
+    x = layers.Conv2D(3, 3, name="a")(inputs)
+    b = layers.Conv2D(2, 1, name="b")(layers.GlobalMaxPooling2D(keepdims=True)(x))
+    model = tfgrow.convert(keras.Model(inputs, b))
+    assert sites_by_name(model)["a"].blocked is None
+
+
+def test_channels_first_is_blocked():
+    inputs = keras.Input((2, 6, 6))
+    x = layers.Conv2D(3, 3, data_format="channels_first", name="a")(inputs)
+    x = layers.GlobalAveragePooling2D(data_format="channels_first")(x)
+    model = tfgrow.convert(keras.Model(inputs, layers.Dense(2)(x)))
+    assert "channels_last" in blocked(model)
+
+
+def test_stock_and_nested_models_name_the_way_out():
+    stock = by_name("nested").stock()
+    reasons = [site.blocked for site in tfgrow.find_sites(stock)]
+    assert reasons
+    assert all("tfgrow.convert(model)" in reason for reason in reasons)
+    plain = by_name("perceptron").stock()
+    assert "stock Dense" in blocked(plain, "dense1")
+
+
+def test_sites_of_a_deleted_model_do_not_keep_it_alive():
+    import gc
+
+    model = by_name("two_inputs").model()
+    site = tfgrow.find_sites(model)[0]
+    assert site.model() is model
+    reference = site.model
+    del model, site
+    keras.backend.clear_session()
+    gc.collect()
+    assert reference() is None

@@ -1,0 +1,229 @@
+"""Every morphism at every site of the table: what it says it changes is what it really changes."""
+
+import numpy as np
+import pytest
+
+import tfgrow
+from tests.cases import CASES, by_name, inputs_of, learned, regression_data
+from tfgrow.capture.capture import capture, consumer_taps, find_head, observe, prepare_inputs
+from tfgrow.capture.execute import execute
+from tfgrow.curvature.loss_head import make_loss_head
+from tfgrow.graph.convert import copy_model
+from tfgrow.graph.nodes import trace
+from tfgrow.graph.sites import find_sites
+from tfgrow.morphisms.registry import MORPHISMS, get, group_candidates
+from tfgrow.surgery.apply import apply_edits
+
+TABLE = pytest.mark.parametrize("name", [case.name for case in CASES])
+
+
+def outputs(model, x):
+    return np.asarray(model(x, training=False))
+
+
+def applied(model, candidates):
+    """A copy of the model with the candidates really applied."""
+    copy = copy_model(model, compiled=False)
+    sites = {site.name: site for site in find_sites(copy)}
+    moved = [candidate.replace(site=sites[candidate.site.name]) for candidate in candidates]
+    apply_edits(copy, [get(candidate.morphism).edit(candidate) for candidate in moved])
+    return copy
+
+
+def responses(model, x, site):
+    """What the site's consumers compute before their activations."""
+    graph = trace(model)
+    values = execute(graph, prepare_inputs(graph, x))
+    return [values[tap].numpy() for tap in consumer_taps(site)]
+
+
+def predicted(model, x, candidates):
+    """The change of the consumers' responses that the candidates (of one site) promise."""
+    captured = observe(trace(model), x)
+    groups, _ = group_candidates(model, candidates)
+    site = candidates[0].site
+    total = [0.0 for _ in consumer_taps(site)]
+    for group in groups:
+        perturbed = group.morphism.perturb(captured, group, group.theta, fresh=False)
+        tangents = group.morphism.tangents(group, group.theta, perturbed)
+        reads = [(leaf, node) for leaf in site.leaves for node in leaf.consumers]
+        for index, (leaf, node) in enumerate(reads):
+            tap = consumer_taps(site)[index]
+            if tap in tangents:  # at the response
+                total[index] = total[index] + tangents[tap]
+            else:  # at what the consumer reads
+                consumer = node.operation
+                kernel = consumer.growable_variables()["kernel"]
+                total[index] = total[index] + consumer.linear(
+                    tangents[("tensor", leaf.tensor)], kernel
+                )
+    return [np.asarray(part) for part in total]
+
+
+@TABLE
+def test_perturbation_is_the_real_change_at_the_consumers(name):
+    """Splits and adds of a site together: each channel goes its own way, so they just add up."""
+    net = learned(name)
+    x = inputs_of(net.model, 4, seed=7)
+    for site_name in by_name(name).sites:
+        mine = [c for c in net.candidates if c.site.name == site_name]
+        site = mine[0].site
+        before = responses(net.model, x, site)
+        after = responses(applied(net.model, mine), x, site)
+        for found, old, new in zip(predicted(net.model, x, mine), before, after, strict=True):
+            real = new - old
+            assert np.abs(real).max() > 1e-4, f"{site_name}: nothing happened"
+            np.testing.assert_allclose(found, real, atol=2e-5 * max(1.0, np.abs(new).max()))
+
+
+@TABLE
+def test_function_is_preserved_without_theta_or_phi(name):
+    net = learned(name)
+    x = inputs_of(net.model, 6, seed=8)
+    at_rest = [get(c.morphism).scaled(c, 0.0) for c in net.candidates]
+    before = outputs(net.model, x)
+    after = outputs(applied(net.model, at_rest), x)
+    np.testing.assert_allclose(after, before, atol=1e-5 * max(1.0, np.abs(before).max()))
+
+
+@TABLE
+def test_reverse_mode_is_forward_mode(name):
+    """Scalars against all columns, and all tangents pushed to the logits at once, agree."""
+    net = learned(name)
+    interaction = net.estimator.interaction(net.candidates, net.data)
+    joint = net.estimator.joint_change(net.candidates, net.data)
+    size = abs(interaction.linear.sum()) + 0.5 * abs(interaction.gram.sum())
+    assert abs(interaction.change() - joint) <= 1e-4 * size
+    assert size > 1e-4
+    np.testing.assert_allclose(interaction.gram, interaction.gram.T, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["bn_after_flatten", "several_consumers", "depthwise", "prelu"])
+def test_scalars_are_tangents_contracted_with_gradient_and_columns(name):
+    """Candidate by candidate and sample by sample."""
+    net = learned(name)
+    graph = trace(net.model)
+    head, loss = find_head(graph), make_loss_head("mse")
+    x, y = net.data
+    for candidate in net.candidates[:2] + net.candidates[-2:]:
+        (group,), _ = group_candidates(net.model, [candidate])
+        taps = group.morphism.taps(group.site)
+        captured = capture(
+            graph,
+            head,
+            x,
+            taps,
+            lambda z: loss.gradient(y, z),
+            lambda z: loss.factors(y, z, "exact"),
+        )
+        perturbed = group.morphism.perturb(captured, group, group.theta, fresh=False)
+        scalars = group.morphism.scalars(captured, group, group.theta, perturbed)
+        expected = 0.0
+        for tap, tangent in group.morphism.tangents(group, group.theta, perturbed).items():
+            products = captured.cotangents[tap].numpy() * np.asarray(tangent)
+            expected = expected + products.reshape(*products.shape[:2], -1).sum(axis=2)
+        scale = np.abs(expected).max()
+        assert scale > 1e-6
+        np.testing.assert_allclose(scalars[..., 0] / scale, expected / scale, atol=1e-5)
+
+
+@pytest.mark.parametrize("morphism", sorted(MORPHISMS))
+def test_halving_alpha_goes_half_way(morphism):
+    """The guard's scales lead from the function as it is to the edit as it was learned."""
+    net = learned("bn_after_activation")
+    x = inputs_of(net.model, 5, seed=9)
+    chosen = [c for c in net.candidates if c.morphism == morphism][:3]
+    now = outputs(net.model, x)
+    distances = []
+    for alpha in (1.0, 0.5, 0.25, 0.0):
+        scaled = [get(morphism).scaled(candidate, alpha) for candidate in chosen]
+        distances.append(np.abs(outputs(applied(net.model, scaled), x) - now).max())
+    assert distances[0] > distances[1] > distances[2] > 10 * distances[3]
+
+
+def test_candidates_are_one_per_unit_or_new_units_per_site():
+    model = by_name("conv_bn_relu").model()
+    splits = tfgrow.candidates(model, "split")
+    assert [(c.site.name, c.unit) for c in splits] == [
+        *(("conv1", unit) for unit in range(3)),
+        *(("conv2", unit) for unit in range(4)),
+    ]
+    assert len(tfgrow.candidates(model, ("add",))) == 2 * 4
+    assert len(tfgrow.candidates(model, "add", sites=["conv2"], new_units=3)) == 3
+    by_site = tfgrow.candidates(model, "split", sites=tfgrow.find_sites(model)[:1])
+    assert {c.site.name for c in by_site} == {"conv1"}
+    assert len({c.key for c in tfgrow.candidates(model)}) == len(tfgrow.candidates(model))
+    assert "split conv1[0]" in repr(splits[0])
+
+
+def test_candidates_repeat_by_seed():
+    model = by_name("perceptron").model()
+
+    def thetas(seed):
+        return [c.theta["kernel"] for c in tfgrow.candidates(model, seed=seed)]
+
+    for mine, same, other in zip(thetas(3), thetas(3), thetas(4), strict=True):
+        np.testing.assert_array_equal(mine, same)
+        assert not np.allclose(mine, other)
+
+
+def test_a_split_starts_at_half_the_size_of_its_unit():
+    model = by_name("strides_valid_flatten").model()
+    for candidate in tfgrow.candidates(model, "split"):
+        kernel = candidate.site.producer.kernel.numpy()[..., candidate.unit]
+        ratio = np.linalg.norm(candidate.theta["kernel"]) / np.linalg.norm(kernel)
+        assert 0.1 < ratio < 1.0
+
+
+def test_units_of_zero_weights_can_be_split():
+    model = by_name("perceptron").model()
+    layer = model.get_layer("dense1")
+    layer.kernel.assign(layer.kernel * np.array([0.0, 1, 1, 1]))
+    dead = tfgrow.candidates(model, "split", sites=["dense1"])[0]
+    assert np.abs(dead.theta["kernel"]).max() > 0
+    layer.kernel.assign(layer.kernel * 0.0)
+    assert all(np.abs(c.theta["kernel"]).max() > 0 for c in tfgrow.candidates(model, "split"))
+
+
+def test_unknown_names_are_refused():
+    model = by_name("perceptron").model()
+    with pytest.raises(ValueError, match=r"Unknown morphism 'grow'; expected one of .*'split'"):
+        tfgrow.candidates(model, "grow")
+    with pytest.raises(ValueError, match="No morphisms given"):
+        tfgrow.candidates(model, ())
+    with pytest.raises(ValueError, match=r"no site named 'dense9'; its sites are \['dense1'"):
+        tfgrow.candidates(model, sites=["dense9"])
+    with pytest.raises(ValueError, match=r"Site 'out' can't grow: layer 'out' is an output layer"):
+        tfgrow.candidates(model, sites=["out"])
+
+
+def test_stale_and_foreign_candidates_are_refused():
+    model = by_name("perceptron").model()
+    other = by_name("perceptron").model()
+    data = regression_data(model)
+    estimator = tfgrow.GaussNewtonEstimator(model, loss="mse")
+    model.compile(loss="mse")
+    foreign, stale = tfgrow.candidates(other, "split"), tfgrow.candidates(model, "split")
+    uses = [
+        lambda c: estimator.learn(c, data, steps=1),
+        lambda c: estimator.score(c, data),
+        lambda c: estimator.joint_change(c, data),
+        lambda c: tfgrow.apply(model, c),
+        lambda c: tfgrow.measure_change(model, c, data),
+    ]
+    for use in uses:
+        with pytest.raises(ValueError, match=r"Site 'dense1' belongs to another model"):
+            use(foreign)
+    weights = model.get_weights()
+    site = tfgrow.find_sites(model)[0]
+    tfgrow.widen(model, "dense2", 1)
+    for use in uses[3:]:
+        with pytest.raises(ValueError, match=r"traced before model '.*' last grew"):
+            use(stale)
+    for use in uses[:3]:
+        with pytest.raises(ValueError, match=r"has grown since this estimator was made"):
+            use(stale)
+    with pytest.raises(ValueError, match="traced before"):
+        tfgrow.candidates(model, sites=[site])
+    assert len(model.get_weights()) == len(weights)
+    np.testing.assert_array_equal(model.get_weights()[0], weights[0])

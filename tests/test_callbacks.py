@@ -1,0 +1,277 @@
+"""Growth by itself: what it takes, what it says, what it keeps from one fit to the next."""
+
+import copy
+import gc
+import json
+import re
+import weakref
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import tfgrow
+from tests.integration.fitting import (
+    Blind,
+    arrays,
+    assert_same_bits,
+    blind_growth,
+    compiled,
+    fit,
+    logits_loss,
+    mlp,
+    quick_oracle,
+    state,
+)
+from tfgrow.callbacks import Growth, event_line
+from tfgrow.liveness import alive_share
+
+
+def test_a_growing_fit():
+    """What the events, the history and the model say agrees; and nothing is ever compiled."""
+    model = compiled(mlp())
+    growth = Growth(quick_oracle(max_params=50), data=arrays(), every=1, tolerance=1.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(keras.Model, "compile", None)
+        history = fit(model, [growth], epochs=3).history
+    assert [event.status for event in growth.events] == ["applied", "applied"]
+    for number, event in enumerate(growth.events, start=1):
+        units_before, units_after = event.widths["hidden"]
+        assert (event.epoch, event.newborn) == (number, {"hidden": units_after - units_before})
+        assert (event.params_before, event.params_after) == (
+            8 * units_before + 3,
+            8 * units_after + 3,
+        )
+        assert event.flops_after == 14 * units_after
+        assert event.loss_before > 0
+        assert event.measured_change <= 1.0
+        assert {"learn", "score", "select", "commit"} <= set(event.seconds)
+        assert sum(len(edit["units"]) for edit in event.applied) == units_after - units_before
+        assert history["tfgrow_params"][number] == event.params_after
+        assert history["tfgrow_estimated_change"][number] == event.estimated_change
+        assert history["tfgrow_measured_change"][number] == event.measured_change
+        assert 0 <= event.newborn_alive <= 1
+    assert history["tfgrow_estimated_change"][0] == history["tfgrow_measured_change"][0] == 0
+    assert model.get_layer("hidden").units == growth.events[-1].widths["hidden"][1]
+    assert model.count_params() == history["tfgrow_params"][-1] <= 50
+
+
+def test_the_second_moments_of_newborn_units_are_alive():
+    model = compiled(mlp())
+    growth = blind_growth(morphism="add", every=1)
+    fit(model, [growth], epochs=1)
+    slots = {}
+
+    class Look(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None):
+            velocities = self.model.optimizer._velocities
+            slots.setdefault("kernel", velocities[0].numpy())
+            slots.setdefault("outgoing", velocities[2].numpy())
+
+    fit(model, [growth, Look()], epochs=1)
+    assert slots["kernel"].shape == (4, 4)
+    assert (slots["kernel"][:, -1] > 0).all()
+    np.testing.assert_allclose(slots["kernel"][:, -1], slots["kernel"][:, :-1].mean(1), rtol=1e-5)
+    np.testing.assert_allclose(slots["outgoing"][-1], slots["outgoing"][:-1].mean(0), rtol=1e-5)
+    assert growth.events[0].newborn_alive == 1.0
+
+
+def test_a_dead_newborn_is_seen():
+    """Units that a ReLU never lets through are not alive; the others of the event are."""
+    model = compiled(mlp(), keras.optimizers.SGD(0.0))
+    tfgrow.widen(model, "hidden", 2)
+    hidden = model.get_layer("hidden")
+    hidden.kernel.assign(hidden.kernel.numpy() * np.array([1, 1, 1, 1, 0.0]))
+    assert alive_share(model, {"hidden": 2}, [arrays()]) == 0.5
+    assert alive_share(model, {"hidden": 1}, [arrays()]) == 0.0
+    assert alive_share(model, {}, [arrays()]) == 1.0
+
+
+def test_a_rejected_event_does_not_touch_training():
+    """Not one bit of the weights, the optimizer or the random state differs."""
+
+    def dropout_net():
+        keras.utils.set_random_seed(3)
+        layers = [
+            keras.Input((4,)),
+            keras.layers.Dense(3, "relu"),
+            keras.layers.Dropout(0.5, seed=1),
+            keras.layers.Dense(3),
+        ]
+        return compiled(tfgrow.convert(keras.Sequential(layers)))
+
+    plain, guarded, growth = dropout_net(), dropout_net(), blind_growth(tolerance=-100.0)
+    for model, callbacks in ((plain, []), (guarded, [growth])):
+        keras.utils.set_random_seed(5)
+        fit(model, callbacks, shuffle=True)
+    assert [event.status for event in growth.events] == ["rejected"] * 2
+    assert all("rose at every scale" in event.reason for event in growth.events)
+    assert {event.alpha for event in growth.events} == {0.0}
+    assert_same_bits(state(guarded), state(plain))
+
+
+# ---- from one fit to the next ------------------------------------------------------------------
+
+
+def test_what_is_due_at_the_end_of_a_fit_happens_in_the_next():
+    model, growth = compiled(mlp()), blind_growth(every=2)
+    fit(model, [growth], epochs=2)
+    assert not growth.events
+    history = fit(model, [growth], epochs=4, initial_epoch=2).history
+    assert [event.epoch for event in growth.events] == [2]
+    assert history["tfgrow_params"] == [35, 35]
+    assert history["tfgrow_events"] == [1, 1]
+    other = compiled(mlp())
+    fit(other, [growth], epochs=1)  # what is due is due for another model
+    assert other.count_params() == 27
+
+
+def test_it_keeps_no_model_alive():
+    model, growth = compiled(mlp()), blind_growth()
+    fit(model, [growth], epochs=2)
+    seen = weakref.ref(model)
+    twin = copy.deepcopy(growth)
+    growth.set_model(None)
+    del model
+    keras.backend.clear_session()
+    gc.collect()
+    assert seen() is None
+    assert len(twin.events) == 1
+
+
+def test_deep_copies_are_independent():
+    data = tf.data.Dataset.from_tensor_slices(arrays()).batch(16)  # cannot be copied itself
+    growth = blind_growth(data)
+    fresh = copy.deepcopy(growth)
+    fit(compiled(mlp()), [growth], epochs=2)
+    after = copy.deepcopy(growth)
+    assert after.model is None
+    assert after.data is data
+    assert after.events == growth.events
+    assert fresh.events == []
+    for twin in (fresh, after):
+        model = compiled(mlp())
+        fit(model, [twin], epochs=2)
+        assert model.count_params() == 35
+    assert (len(growth.events), len(fresh.events), len(after.events)) == (1, 1, 2)
+    assert len(growth.oracle.trials) == 1
+
+
+# ---- what it says --------------------------------------------------------------------------------
+
+
+def printed(capsys, verbose, fit_verbose):
+    growth = Growth(quick_oracle(), arrays(), every=1, tolerance=1.0, verbose=verbose)
+    fit(compiled(mlp()), [growth], epochs=2, verbose=fit_verbose)
+    return capsys.readouterr().out, growth
+
+
+def test_one_line_per_event(capsys):
+    out, growth = printed(capsys, verbose=2, fit_verbose=0)
+    (event,) = growth.events
+    assert out == event_line(event) + "\n"
+    assert re.fullmatch(
+        r"growth after epoch 1: hidden 3->\d \(.*\); parameters 27 -> \d+; loss estimated "
+        r"[+-]\d\.\d{4}, measured [+-]\d\.\d{4}.*; \d+\.\d s\n",
+        out,
+    )
+
+
+def test_a_progress_bar_with_the_time_left(capsys):
+    out, growth = printed(capsys, verbose="auto", fit_verbose="auto")  # fit's own default
+    assert "Growing" in out
+    assert event_line(growth.events[0]) in out
+    shown = out[out.index("Growing") : out.index("growth after")]
+    # Keras writes "1/8 <bar> 3s 431ms/batch": what is done, the time left, and per batch
+    assert re.search(r"\b1/8\b[^\n]*\b\d+(s|:\d\d)\b[^\n]*/batch", shown), shown
+    assert "8/8" in shown
+
+
+def test_silent(capsys):
+    out, growth = printed(capsys, verbose="auto", fit_verbose=0)
+    assert (out, len(growth.events)) == ("", 1)
+
+
+def test_the_journal_is_on_disk(tmp_path):
+    growth = blind_growth(journal=str(tmp_path / "journal.json"))
+    fit(compiled(mlp()), [growth])
+    found = json.loads((tmp_path / "journal.json").read_text())["events"]
+    assert [event["widths"] for event in found] == [{"hidden": [3, 4]}, {"hidden": [4, 5]}]
+    assert tfgrow.Journal.load(tmp_path / "journal.json").events == growth.events
+
+
+# ---- bad input -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "named"),
+    [
+        ({"oracle": object()}, TypeError, "growth oracle such as tfgrow.GaussNewtonOracle"),
+        ({"every": 2, "when": "on_plateau"}, ValueError, "`every` or `when`"),
+        ({"every": 0}, ValueError, ">= 1"),
+        ({"when": "sometimes"}, ValueError, "sometimes"),
+    ],
+)
+def test_bad_arguments(arguments, error, named):
+    with pytest.raises(error, match=re.escape(named)):
+        Growth(**{"oracle": Blind(), "data": arrays(), **arguments})
+
+
+X, Y = arrays()
+BAD_FITS = {
+    "no data": ({}, None, ValueError, r"Growth\(oracle, data=train_ds\)"),
+    "a generator": ({}, iter([(X, Y)]), TypeError, "Can't read a dataset"),
+    "no targets": ({}, tf.data.Dataset.from_tensors(X), ValueError, "targets"),
+    "empty": ({}, (X[:0], Y[:0]), ValueError, "empty"),
+    "lengths": ({}, (X, Y[:5]), ValueError, "different lengths"),
+    "shapes": ({}, (X[:, :3], Y), ValueError, r"input 'x' of model 'mlp' expects \(4,\)"),
+    "NaN": ({}, (X * np.nan, Y), ValueError, "not finite"),
+    "include": ({"include": "hiden"}, (X, Y), ValueError, r"hiden.*Found: \['hidden'\]"),
+    "budget": ({"max_params": 20}, (X, Y), ValueError, "has 27 parameters, more than"),
+    "flops": ({"max_flops": 20}, (X, Y), ValueError, "42 FLOPs per sample, more than"),
+}
+
+
+@pytest.mark.parametrize("case", list(BAD_FITS))
+def test_bad_input_is_refused_before_the_first_step(case):
+    options, data, error, named = BAD_FITS[case]
+    model = compiled(mlp())
+    before = state(model)
+    growth = Growth(quick_oracle(**options), data=data, every=5)
+    with pytest.raises(error, match=named):
+        fit(model, [growth], epochs=1)
+    assert_same_bits(state(model)[: len(model.weights)], before[: len(model.weights)])
+    assert not growth.events
+
+
+def test_a_model_in_which_nothing_can_grow():
+    model = compiled(
+        tfgrow.convert(keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, name="only")]))
+    )
+    with pytest.raises(ValueError, match=r"Nothing in model .* can grow.*only"):
+        fit(model, [blind_growth()])
+
+
+def test_a_stock_model_is_refused():
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3), keras.layers.Dense(3)])
+    model.compile("adam", logits_loss())
+    with pytest.raises(ValueError, match=r"tfgrow\.convert"):
+        fit(model, [blind_growth()])
+
+
+def test_nan_that_comes_later_is_an_error_and_leaves_the_model():
+    x, y = (part.copy() for part in arrays())
+    model = compiled(mlp())
+    growth = Growth(quick_oracle(), data=(x, y), every=1)
+    fit(model, [growth], epochs=1)
+    before = state(model)
+
+    class Spoil(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            x[:] = np.nan
+
+    with pytest.raises(ValueError, match="not finite"):
+        fit(model, [growth, Spoil()], arrays(), epochs=1)
+    assert_same_bits(state(model), before)
+    assert not growth.events
