@@ -17,7 +17,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: help demo test check lint format types tests tests-fast install install-dev clean
 
 help:
-	@echo "make demo         grow a small network on digits; writes saved_models/<run>/ (under 3 minutes)"
+	@echo "make demo         grow a small network on digits; writes saved_models/digits-vgg/ (under 3 minutes)"
 	@echo "make test         lint, types and all tests (under 15 minutes)"
 	@echo "make tests-fast   the tests that are not marked slow, and the docstrings' examples"
 	@echo "make lint types   ruff and mypy        make format   let ruff rewrite the code"
@@ -25,7 +25,7 @@ help:
 	@echo "Variables: VENV=$(VENV) PYTHON=$(PYTHON) WORKERS=$(WORKERS) DEMO_FLAGS=$(DEMO_FLAGS)"
 
 demo: install
-	$(bin)/python -m experiments.grow $(DEMO_FLAGS)
+	$(bin)/python -m experiments.grow --overwrite $(DEMO_FLAGS)
 
 # One after the other even under `make -j`: pytest's closing line comes last.
 test:

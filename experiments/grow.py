@@ -60,6 +60,7 @@ ORACLE_FLAGS = (
     "include",
     "exclude",
     "morphisms",
+    "new_units",
     "curvature",
 )
 
@@ -121,6 +122,9 @@ flags.DEFINE_multi_string(
     "exclude", None, "Layers of this name, or matching this regular expression, may not grow."
 )
 flags.DEFINE_list("morphisms", ["split", "add"], "Kinds of edits to consider.")
+flags.DEFINE_integer(
+    "new_units", 8, "Single new units tried per layer and growth step.", lower_bound=1
+)
 flags.DEFINE_enum(
     "curvature",
     "auto",
@@ -339,4 +343,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    FLAGS.set_default("verbosity", -1)  # warnings, not TensorFlow's notes
     app.run(main)

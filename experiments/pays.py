@@ -47,6 +47,7 @@ flags.DEFINE_float(
     "growth_per_step", 0.5, "Most parameters a step adds, relative to those before.", lower_bound=0
 )
 flags.DEFINE_list("morphisms", ["split", "add"], "Kinds of edits to consider.")
+flags.DEFINE_integer("new_units", 8, "New units tried per layer and step.", lower_bound=1)
 flags.DEFINE_enum(
     "curvature", "auto", ("auto", "exact", "sampled", "empirical"), "Curvature of the estimates."
 )

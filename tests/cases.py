@@ -7,7 +7,6 @@ property runs on it.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 
 import keras
@@ -15,6 +14,9 @@ import numpy as np
 from keras import layers
 
 import tfgrow
+from tfgrow.capture.capture import observe
+from tfgrow.graph.nodes import Graph, trace
+from tfgrow.morphisms.registry import group_candidates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,23 +104,37 @@ def class_data(model: keras.Model, samples: int = 12, seed: int = 0):
 
 
 @dataclasses.dataclass(frozen=True)
-class Learned:
-    """A case's model with an estimator (squared error, exact curvature) and learned candidates."""
+class Prepared:
+    """A case's model and data with candidates as if they had been learned."""
 
     model: keras.Model
-    estimator: tfgrow.GaussNewtonEstimator
+    graph: Graph
     candidates: list[tfgrow.Candidate]
     data: tuple
 
 
-@functools.lru_cache(maxsize=2)
-def learned(name: str) -> Learned:
-    """Two learning steps on a case: theta, outgoing weights and statistics are all non-trivial."""
-    model = by_name(name).model()
-    data = regression_data(model)
-    estimator = tfgrow.GaussNewtonEstimator(model, loss="mse", curvature="exact")
-    candidates = tfgrow.candidates(model, ("split", "add"), new_units=2, seed=1)
-    return Learned(model, estimator, estimator.learn(candidates, data, steps=2), data)
+def prepare(case: Case, seed: int = 1) -> Prepared:
+    """Candidates of every site with random theta and phi, and the statistics of one batch."""
+    model = case.model()
+    graph = trace(model)
+    data = regression_data(model, 8)
+    candidates = tfgrow.candidates(model, ("split", "add"), new_units=2, seed=seed)
+    captured = observe(graph, data[0])
+    rng = np.random.default_rng(seed)
+    groups, positions = group_candidates(model, candidates)
+    for group, where in zip(groups, positions, strict=True):
+        moments = group.morphism.perturb(captured, group, group.theta, fresh=True).moments
+        for row, position in enumerate(where):
+            old = candidates[position]
+            measured = {name: value.numpy()[row] for name, value in moments.items()}
+            theta = {
+                name: 0.3 * rng.standard_normal(value.shape).astype("float32")
+                if name.startswith("phi/")
+                else value
+                for name, value in old.theta.items()
+            }
+            candidates[position] = old.replace(theta=theta, state={**old.state, **measured})
+    return Prepared(model, graph, candidates, data)
 
 
 # ---- the table ------------------------------------------------------------------------------

@@ -182,7 +182,7 @@ def test_a_progress_bar_with_the_time_left(capsys):
     out, growth = printed(capsys, verbose="auto", fit_verbose="auto")  # fit's own default
     assert "Growing" in out
     assert event_line(growth.events[0]) in out
-    shown = out[out.index("Growing") : out.index("growth after")]
+    shown = re.sub(r"\x1b\[\d+m", "", out[out.index("Growing") : out.index("growth after")])
     # Keras writes "1/8 <bar> 3s 431ms/batch": what is done, the time left, and per batch
     assert re.search(r"\b1/8\b[^\n]*\b\d+(s|:\d\d)\b[^\n]*/batch", shown), shown
     assert "8/8" in shown

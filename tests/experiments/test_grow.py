@@ -62,6 +62,7 @@ def prepare(directory, **changes):
         return grow.prepare(grow.settings())
 
 
+@pytest.mark.slow
 def test_run_leaves_a_whole_folder(tmp_path, capsys):
     run_tiny(tmp_path)
     printed = capsys.readouterr().out
@@ -106,7 +107,7 @@ def test_run_leaves_a_whole_folder(tmp_path, capsys):
 def test_existing_folders_are_kept_unless_asked(tmp_path):
     run = tmp_path / "digits-mlp"
     run.mkdir()
-    with pytest.raises(ValueError, match="exists. Choose another --run or --output_dir"):
+    with pytest.raises(ValueError, match=r"exists\. Choose another --run or --output_dir"):
         prepare(tmp_path)
     with pytest.raises(ValueError, match=r"holds no config\.json, so it is not a run"):
         prepare(tmp_path, overwrite=True)
@@ -118,9 +119,14 @@ def test_a_failed_run_changes_nothing(tmp_path):
     target = tmp_path / "run"
     with reports.run_directory(target) as directory:
         (directory / "first").touch()
-    with pytest.raises(KeyboardInterrupt), reports.run_directory(target) as directory:
-        (directory / "second").touch()
-        raise KeyboardInterrupt
+
+    def interrupted():
+        with reports.run_directory(target) as directory:
+            (directory / "second").touch()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert [path.name for path in tmp_path.rglob("*")] == ["run", "first"]
     with reports.run_directory(target) as directory:
         (directory / "third").touch()
@@ -182,6 +188,7 @@ def run_binary(name, *arguments):
     )
 
 
+@pytest.mark.slow
 def test_errors_come_as_one_line(tmp_path):
     ended = run_binary("grow", f"--output_dir={tmp_path}", "--morphisms=melt")
     assert ended.returncode == 1

@@ -114,7 +114,7 @@ def check_current(model: keras.Model, site: Site) -> None:
 
 
 def group_candidates(model: keras.Model, chosen: Sequence[Candidate]) -> tuple[list[Group], list]:
-    """Candidates stacked by morphism and site.
+    """Candidates stacked by morphism, site and what was measured of them.
 
     Returns:
       The groups, and for each the positions of its candidates in `chosen`.
@@ -126,9 +126,11 @@ def group_candidates(model: keras.Model, chosen: Sequence[Candidate]) -> tuple[l
         if not isinstance(candidate, Candidate):
             raise TypeError(f"Expected a Candidate, found {type(candidate).__name__}.")
         check_current(model, candidate.site)
-        members.setdefault((candidate.morphism, candidate.site.name), []).append(position)
+        # Statistics that only some candidates have measured can't be stacked with the others'.
+        key = (candidate.morphism, candidate.site.name, tuple(sorted(candidate.state)))
+        members.setdefault(key, []).append(position)
     groups = [
         Group(get(morphism), [chosen[position] for position in positions])
-        for (morphism, _), positions in members.items()
+        for (morphism, *_), positions in members.items()
     ]
     return groups, list(members.values())

@@ -1,0 +1,271 @@
+"""What a growable layer says of itself: its algebra, its children, its place in files."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers, ops
+
+import tfgrow
+from tests.cases import CASES, inputs_of
+from tfgrow.layers import Axes, Mixing, Moments
+from tfgrow.layers.registry import (
+    GROWABLE_CLASSES,
+    blocked_reason,
+    channelwise_view,
+    growable_class,
+    producer_blocked,
+)
+from tfgrow.layers.stateless import _REGISTRY
+from tfgrow.types import ChannelMap
+
+MIXING = {
+    "dense": (tfgrow.layers.Dense(3), (5,)),
+    "dense on sequences": (tfgrow.layers.Dense(3, use_bias=False), (4, 5)),
+    "conv1d": (tfgrow.layers.Conv1D(3, 3, strides=2), (9, 2)),
+    "conv1d causal": (
+        tfgrow.layers.Conv1D(3, 3, padding="causal", dilation_rate=2),
+        (7, 2),
+    ),
+    "conv2d same": (tfgrow.layers.Conv2D(3, (3, 2), padding="same"), (6, 5, 2)),
+    "conv2d strided": (tfgrow.layers.Conv2D(3, 3, strides=(2, 1), padding="same"), (6, 5, 2)),
+    "conv2d dilated": (tfgrow.layers.Conv2D(3, 2, dilation_rate=2), (6, 5, 2)),
+    "conv3d": (tfgrow.layers.Conv3D(3, 2, padding="same", strides=2), (4, 5, 4, 2)),
+}
+
+
+@pytest.mark.parametrize("name", sorted(MIXING))
+def test_linear_and_unfold_are_the_layer(name):
+    template, shape = MIXING[name]
+    layer = type(template).from_config(template.get_config())
+    x = np.random.default_rng(0).standard_normal((2, *shape)).astype("float32")
+    expected = layer(x).numpy()  # no activation: the layer is its linear map
+    if layer.use_bias:
+        layer.bias.assign([0.1, -0.2, 0.3])
+        expected = expected + layer.bias.numpy()
+    weights = layer.growable_variables()
+    np.testing.assert_allclose(layer.linear(x, **weights), expected, atol=1e-5)
+    seen = layer.unfold(tf.constant(x))
+    positions = int(np.prod(expected.shape[1:-1]))
+    taps = int(np.prod(layer.kernel.shape[:-2]))
+    assert tuple(seen.shape) == (2, positions, taps, shape[-1])
+    kernel = ops.reshape(layer.kernel, (taps, shape[-1], 3))
+    unfolded = np.einsum("nptc,tco->npo", seen, kernel).reshape(expected.shape)
+    if layer.use_bias:
+        unfolded = unfolded + layer.bias.numpy()
+    np.testing.assert_allclose(unfolded, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(MIXING))
+def test_linear_takes_any_number_of_channels(name):
+    template, shape = MIXING[name]
+    layer = type(template).from_config(template.get_config())
+    layer.build((None, *shape))
+    spatial = layer.kernel.shape[:-2]
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((2, *shape[:-1], 4)).astype("float32")
+    kernel = rng.standard_normal((*spatial, 4, 7)).astype("float32")
+    found = layer.linear(x, kernel)
+    assert found.shape[-1] == 7
+    fewer = layer.linear(x[..., :2], kernel[..., :2, :])
+    rest = layer.linear(x[..., 2:], kernel[..., 2:, :])
+    np.testing.assert_allclose(found, fewer + rest, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_channelwise_layers_treat_channels_alone(case):
+    """Half the channels, with their share of the variables, give half of the outputs."""
+    model = case.model()
+    tried = 0
+    for layer in model.layers:
+        view = channelwise_view(layer)
+        shape = getattr(getattr(layer, "input", None), "shape", ())
+        if view is None or None in shape[1:] or shape[-1] < 2 or blocked_reason(layer):
+            continue
+        x = np.random.default_rng(2).standard_normal((2, *shape[1:])).astype("float32")
+        keep = np.arange(0, shape[-1], 2)
+        variables = {
+            name: np.take(variable, keep, axis=layer.variable_axes[name].channel)
+            for name, variable in (
+                layer.growable_variables().items() if hasattr(layer, "variable_axes") else ()
+            )
+        }
+        whole = np.asarray(layer(x, training=False) if _trains(layer) else layer(x))
+        some = np.asarray(view.apply_channels(tf.constant(x[..., keep]), variables))
+        where = view.channel_map(ChannelMap.identity(shape[-1]), shape).index[keep]
+        mine = view.channel_map(ChannelMap.identity(len(keep)), shape)
+        assert mine.size == some.shape[-1]
+        np.testing.assert_allclose(some[..., mine.index], whole[..., where], atol=1e-5)
+        tried += 1
+    assert tried or case.name == "two_inputs"
+
+
+def _trains(layer):
+    return "training" in __import__("inspect").signature(layer.call).parameters
+
+
+def statistics_layer(**kwargs):
+    layer = tfgrow.layers.BatchNormalization(epsilon=1e-2, **kwargs)
+    layer.build((None, 3))
+    rng = np.random.default_rng(3)
+    for variable in layer.variables:
+        variable.assign(rng.uniform(0.5, 2.0, variable.shape))
+    return layer
+
+
+@pytest.mark.parametrize("scale", [True, False])
+@pytest.mark.parametrize("center", [True, False])
+def test_children_of_batchnorm_compute_what_their_parents_do(scale, center):
+    layer = statistics_layer(scale=scale, center=center)
+    parents = layer.growable_variables()
+    moments = Moments(np.float32([1.0, -2.0, 0.3]), np.float32([0.1, 4.0, 0.0]))
+    children = layer.child_variables(parents, moments)
+    x = np.random.default_rng(4).standard_normal((50, 3)).astype("float32")
+    expected = layer.apply_channels(x, parents)
+    np.testing.assert_allclose(layer.apply_channels(x, children), expected, atol=1e-5)
+    np.testing.assert_allclose(layer(x, training=False), expected, atol=1e-5)
+    if scale:
+        np.testing.assert_array_equal(children["moving_variance"], moments.variance)
+    if center:
+        np.testing.assert_array_equal(children["moving_mean"], moments.mean)
+    unmeasured = layer.child_variables(parents, None)
+    np.testing.assert_array_equal(unmeasured["moving_mean"], layer.moving_mean)
+
+
+def test_newborn_units_of_batchnorm_are_normalised():
+    layer = statistics_layer()
+    x = np.random.default_rng(5).normal(3.0, 2.0, (200, 3)).astype("float32")
+    moments = Moments(x.mean(axis=0), x.var(axis=0))
+    out = layer.apply_channels(x, layer.newborn_variables(layer.growable_variables(), moments))
+    np.testing.assert_allclose(np.mean(out, axis=0), 0.0, atol=1e-5)
+    np.testing.assert_allclose(np.std(out, axis=0), 1.0, atol=2e-2)
+
+
+def test_depthwise_map_of_a_flattened_tensor():
+    layer = tfgrow.layers.DepthwiseConv2D(2, depth_multiplier=2, use_bias=False)
+    layer.build((None, 4, 4, 3))
+    grown = layer.channel_map(ChannelMap.identity(3), (None, 4, 4, 3))
+    np.testing.assert_array_equal(grown.index, [[0, 1], [2, 3], [4, 5]])
+    again = layer.channel_map(grown, (None, 4, 4, 6))
+    np.testing.assert_array_equal(again.index[1], [4, 5, 6, 7])
+    assert (again.units, again.blocks, again.size) == (3, 4, 12)
+
+
+def test_prelu_shared_over_channels_has_nothing_to_widen():
+    inputs = keras.Input((4, 3))
+    x = layers.PReLU(shared_axes=(1, 2), alpha_initializer="ones", name="slope")(
+        layers.Conv1D(3, 2, name="conv")(inputs)
+    )
+    out = layers.Dense(2)(layers.GlobalAveragePooling1D()(x))
+    model = tfgrow.convert(keras.Model(inputs, out))
+    x = inputs_of(model, 3)
+    before = model(x).numpy()
+    tfgrow.widen(model, "conv", 2)
+    assert tuple(model.get_layer("slope").alpha.shape) == (1, 1)
+    np.testing.assert_allclose(model(x), before, atol=1e-6)
+
+
+@pytest.mark.parametrize("growable", GROWABLE_CLASSES, ids=lambda c: c.__name__)
+def test_growable_classes_are_registered_twins_of_stock_classes(growable):
+    stock = growable.stock_class
+    assert issubclass(growable, stock)
+    assert stock is getattr(layers, growable.__name__)
+    assert getattr(tfgrow.layers, growable.__name__) is growable
+    name = f"tfgrow>{growable.__name__}"
+    assert keras.saving.get_registered_object(name) is growable
+    arguments = {"Dense": (3,), "DepthwiseConv2D": (2,)}.get(
+        growable.__name__, (3, 2) if growable.__name__.startswith("Conv") else ()
+    )
+    layer = stock(*arguments)
+    assert growable_class(layer) is growable
+    twin = growable.from_config(layer.get_config())
+    assert twin.get_config() == layer.get_config()
+    restored = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(twin))
+    assert type(restored) is growable
+
+
+def test_growable_models_save_and_load(tmp_path):
+    inputs = keras.Input((6, 6, 2))
+    x = tfgrow.layers.Conv2D(3, 3)(inputs)
+    x = tfgrow.layers.DepthwiseConv2D(2)(tfgrow.layers.PReLU()(x))
+    x = layers.Flatten()(tfgrow.layers.BatchNormalization()(x))
+    model = keras.Model(inputs, tfgrow.layers.Dense(2)(x))
+    model.save(tmp_path / "growable.keras")
+    loaded = keras.models.load_model(tmp_path / "growable.keras")
+    assert [type(layer) for layer in loaded.layers] == [type(layer) for layer in model.layers]
+    x = inputs_of(model, 3)
+    np.testing.assert_array_equal(loaded(x), model(x))
+    assert len([s for s in tfgrow.find_sites(loaded) if not s.blocked]) == 1
+
+
+def test_registered_stock_layers_do_not_train_by_default():
+    """`Stateless` calls them without saying so: their `training` must be False unless told."""
+    import inspect
+
+    assert len(_REGISTRY) > 30
+    for layer_class in _REGISTRY:
+        training = inspect.signature(layer_class.call).parameters.get("training")
+        assert training is None or not training.default, layer_class
+
+
+def test_a_user_can_register_layers():
+    class Negate(layers.Layer):
+        def call(self, inputs):
+            return -inputs
+
+    layer = Negate(name="negate")
+    assert channelwise_view(layer) is None
+    tfgrow.layers.register_channelwise(Negate, lambda layer: "not today" if layer.built else None)
+    assert blocked_reason(layer) is None
+    layer.build((None, 3))
+    assert blocked_reason(layer) == "not today"
+    np.testing.assert_array_equal(channelwise_view(layer).apply_channels(tf.ones(2), {}), -1.0)
+
+
+class Bilinear(Mixing, layers.Layer):
+    """A user's own mixing layer: y = x' A, with a constant second factor."""
+
+    variable_axes = {"kernel": Axes(fan_in=-2, fan_out=-1)}
+
+    def __init__(self, units, **kwargs):
+        super().__init__(**kwargs)
+        self.units = units
+        self.activation = keras.activations.tanh
+
+    def build(self, input_shape):
+        self.kernel = self.add_weight(shape=(input_shape[-1], self.units), name="kernel")
+        self.built = True
+
+    def linear(self, inputs, kernel, bias=None):
+        return ops.matmul(inputs, kernel)
+
+    def unfold(self, inputs):
+        return ops.reshape(inputs, (-1, 1, 1, inputs.shape[-1]))
+
+    def call(self, inputs):
+        return self.activate(self.linear(inputs, self.kernel))
+
+    def compute_output_shape(self, input_shape):
+        return (*input_shape[:-1], self.units)
+
+    def get_config(self):
+        return {**super().get_config(), "units": self.units}
+
+
+def test_a_users_own_mixing_layer_grows():
+    stock = keras.Sequential([keras.Input((4,)), Bilinear(3, name="own"), Bilinear(2, name="out")])
+    model = tfgrow.convert(stock)
+    assert producer_blocked(model.get_layer("own")) is None
+    x = inputs_of(model, 5)
+    before = model(x).numpy()
+    data = x, np.ones((5, 2), "float32")
+    estimator = tfgrow.GaussNewtonEstimator(model, loss="mse")
+    learned = estimator.learn(tfgrow.candidates(model, new_units=1), data, steps=1)
+    change = estimator.joint_change(learned[-1:], data)
+    assert change == pytest.approx(
+        tfgrow.measure_change(model, learned[-1:], data, "mse"), abs=0.2 * abs(change)
+    )
+    tfgrow.widen(model, "own", 2)
+    assert model.get_layer("own").units == 5
+    np.testing.assert_allclose(model(x), before, atol=1e-6)
+    assert type(tfgrow.strip(model).get_layer("own")) is Bilinear
