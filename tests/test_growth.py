@@ -201,8 +201,8 @@ def test_bad_candidates_are_refused_and_leave_the_model_alone():
         ):
             with pytest.raises(error, match=message):
                 use(candidates)
-    misfit = splits[0].replace(theta={**splits[0].theta, "kernel": np.zeros((1, 1, 2))})
-    with pytest.raises(ValueError, match=r"conv1|shape|broadcast"):
+    misfit = splits[0].replace(theta={**splits[0].theta, "kernel": np.zeros(5)})
+    with pytest.raises(ValueError, match="shape"):
         tfgrow.apply(model, [misfit])
     for old, new in zip(weights, model.get_weights(), strict=True):
         np.testing.assert_array_equal(old, new)

@@ -1,4 +1,4 @@
-"""GaussNewtonEstimator: what edits of a model would do to its loss, without building any of them."""
+"""GaussNewtonEstimator: what edits of a model would do to its loss, without building any."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ class GaussNewtonEstimator:
         return Interaction(linear[order] / count, gram[np.ix_(order, order)] / count)
 
     def score(self, candidates: Sequence[Candidate], dataset) -> np.ndarray:
-        """Estimated change of the mean loss by each candidate applied alone, `[len(candidates)]`."""
+        """Estimated change of the mean loss by each candidate applied alone, `[n]`."""
         return self.interaction(candidates, dataset).scores
 
     def joint_change(self, candidates: Sequence[Candidate], dataset) -> float:
@@ -170,12 +170,12 @@ class GaussNewtonEstimator:
 
     def _sum(self, dataset, pass_over, thetas):
         check_finite(dataset)
-        function, total = None, None
+        function, total = None, []
         for batch in batches_of(dataset):
             inputs = (self._checked(batch), self._batch_seed(), thetas)
             function = function or self._trace(pass_over, inputs)
             part = [np.asarray(value, dtype=np.float64) for value in function(*inputs)]
-            total = part if total is None else [a + b for a, b in zip(total, part, strict=True)]
+            total = [a + b for a, b in zip(total, part, strict=True)] if total else part
         self._check_objective(total[0])
         return total
 
@@ -205,7 +205,7 @@ class GaussNewtonEstimator:
         return group_candidates(self.model, candidates)
 
     def _checked(self, batch):
-        x, y, weight = batch
+        x, _, _ = batch
         flat, expected = tf.nest.flatten(x), self.model.inputs
         if len(flat) != len(expected):
             raise ValueError(

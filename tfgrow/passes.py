@@ -21,8 +21,8 @@ from tfgrow.morphisms.base import Group
 FORGET = 0.9
 """How much of the earlier batches' normal equations each learning step keeps."""
 
-LEARNING_DAMPING = 0.1
-"""Relative damping of the closed forms while learning; the final one is chosen by crossing halves."""
+LEARNING_DAMPING = 0.3
+"""Relative damping of the closed forms while learning; halves of the data choose the final one."""
 
 Arrays = Mapping[str, Any]
 

@@ -107,7 +107,8 @@ class NewUnit:
       path: per step of the site, the unit's variables there, each `[..., blocks]`.
       fan_out: per consumer (in the order of `Site.consumers`), the share of the source's outgoing
         weights that the unit takes over (a float), or a newborn's own weights `[T, B, O]`.
-      gradient_scale: loss gradient w.r.t. the unit's incoming weights over that w.r.t. its source's.
+      gradient_scale: loss gradient with respect to the unit's incoming weights, divided by the
+        one with respect to its source's.
     """
 
     source: int
@@ -134,7 +135,7 @@ class WidthEdit:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What an edit costs: trainable and non-trainable parameters, and inference FLOPs per sample."""
+    """What an edit costs: parameters, trainable or not, and inference FLOPs per sample."""
 
     params: int = 0
     flops: int = 0

@@ -164,7 +164,11 @@ def test_flags_name_what_exists():
 
 def test_defaults_follow_the_dataset():
     with flagsaver.flagsaver(dataset="digits"):
-        assert grow.settings()["widths"] == (3, 3, 6, 6)
+        chosen = grow.settings()
+    assert (chosen["max_params"], chosen["widths"]) == (5_000, (3, 3, 6, 6))
+    with flagsaver.flagsaver(dataset="digits", model="resnet"):
+        chosen = grow.settings()
+    assert (chosen["max_params"], chosen["widths"]) == (20_000, None)
     with flagsaver.flagsaver(dataset="cifar10", model="resnet", epochs=7):
         chosen = grow.settings()
     assert (chosen["run"], chosen["epochs"]) == ("cifar10-resnet", 7)

@@ -1,0 +1,1 @@
+"""What could change: one morphism per file, with its formula and its paper."""

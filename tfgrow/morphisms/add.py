@@ -1,9 +1,9 @@
 """Add: a new unit with incoming weights theta_in and outgoing weights phi.
 
 At phi = 0 the function is unchanged. The perturbation is at the consumers' responses, D = phi * h
-with h = path(theta_in's response), so the estimate is quadratic in phi: with G the mean gradient and
-Q the Gauss-Newton matrix with respect to phi, phi = -(Q + damping)^-1 G in closed form; theta_in is
-improved by gradient through it.
+with h = path(theta_in's response), so the estimate is quadratic in phi: with G the mean gradient
+and Q the Gauss-Newton matrix with respect to phi, phi = -(Q + damping)^-1 G in closed form;
+theta_in is improved by gradient through it.
 
 Source: Lawton et al., arXiv 2411.05855; closed-form outgoing weights as in Verbockhaven et al. 2024
 (TINY), here in the Gauss-Newton metric of the loss.
@@ -58,7 +58,7 @@ class Add(Morphism):
             for index, shape in enumerate(_phi_shapes(site)):
                 theta[f"phi/{index}"] = np.zeros(shape)
             theta = {name: value.astype("float32") for name, value in theta.items()}
-            template = {"template": np.int64(rng.integers(site.units))}
+            template = {"template": np.asarray(rng.integers(site.units))}
             found.append(Candidate(site, self.name, number, theta, template, Cost()))
         return found
 
@@ -74,7 +74,7 @@ class Add(Morphism):
         own = {name: theta[name] for name in site.producer.growable_variables()}
         weights = as_layer_weights(site.producer, own)
         response = site.producer.linear(producer_input(capture, site), **weights)
-        templates = np.asarray(group.static["template"], dtype=np.int64)
+        templates = group.static["template"].tolist()
         if fresh:
             observer = Observer(path, "new")
             live = path.live_variables(templates)

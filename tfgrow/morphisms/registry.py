@@ -101,14 +101,15 @@ def _chosen(model, every: Sequence[Site], wanted) -> list[Site]:
 
 def check_current(model: keras.Model, site: Site) -> None:
     """Refuses a site (and so its candidates) of another model, or of this one before it grew."""
+    name = model.name
     if site.model() is not model:
         raise ValueError(
-            f"Site '{site.name}' belongs to another model than '{model.name}'; make candidates of "
+            f"Site '{site.name}' belongs to another model than '{name}'; make candidates of "
             "the model you want to grow with tfgrow.candidates(model)."
         )
     if site.version != version_of(model):
         raise ValueError(
-            f"Site '{site.name}' was traced before model '{model.name}' last grew, so its "
+            f"Site '{site.name}' was traced before model '{name}' last grew, so its "
             "candidates no longer fit; make new ones with tfgrow.candidates(model)."
         )
 

@@ -1,8 +1,8 @@
 """Split: one unit becomes two, with incoming weights w + theta and w - theta.
 
 Each child keeps half of the outgoing weights, so the perturbation at the consumer's input is
-D = 1/2 [path(u + d) + path(u - d)] - path(u), with d the producer's response to theta. It is carried
-exactly through the channelwise path and linearised at the consumer only.
+D = 1/2 [path(u + d) + path(u - d)] - path(u), with d the producer's response to theta. It is
+carried exactly through the channelwise path and linearised at the consumer only.
 
 Source: Lawton et al., arXiv 2411.05855; splitting as such: Liu et al., arXiv 1910.02366. By
 symmetry the gradient at theta = 0 vanishes and ReLU has no curvature almost everywhere: theta

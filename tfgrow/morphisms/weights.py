@@ -15,7 +15,7 @@ def fan_in_weights(layer: Mixing, units=None) -> dict[str, np.ndarray]:
     """The incoming weights of units: `{"kernel": [n, ..., in], "bias": [n]}` in float32."""
     weights = {}
     for name, variable in layer.growable_variables().items():
-        axis = layer.variable_axes[name].fan_out
+        axis = out_axis(layer, name)
         values = np.moveaxis(np.asarray(variable, dtype="float32"), axis, 0)
         weights[name] = values if units is None else values[np.asarray(units)]
     return weights
@@ -26,11 +26,22 @@ def as_layer_weights(layer: Mixing, theta: Mapping) -> dict:
     weights = {}
     for name in layer.growable_variables():
         value = theta[name]
-        axis = layer.variable_axes[name].fan_out % len(value.shape)
+        axis = out_axis(layer, name) % len(value.shape)
         order = [*range(1, len(value.shape))]
         order.insert(axis, 0)
         weights[name] = tf.transpose(value, order)
     return weights
+
+
+def out_axis(layer: Mixing, name: str) -> int:
+    """The axis of a producer's variable that its units lie on."""
+    axis = layer.variable_axes[name].fan_out
+    if axis is None:
+        raise ValueError(
+            f"variable_axes['{name}'] of layer '{layer.name}' ({type(layer).__name__}) has no "
+            "fan_out: say which of its axes the units lie on."
+        )
+    return axis
 
 
 def unit_scale(site: Site) -> np.ndarray:

@@ -1,0 +1,1 @@
+"""Changing it: the only code that mutates a model or its optimizer."""
