@@ -123,6 +123,7 @@ def plot_estimates(
             zorder=2,
         )
     axes.set(xlim=(low, high), ylim=(low, high), aspect="equal")
+    axes.locator_params(nbins=6)  # more labels would run into each other
     axes.set(xlabel="measured change of the loss", ylabel="estimated change of the loss")
     axes.set_title(
         f"n = {result.count}   Pearson {result.pearson:.4f}   Spearman {result.spearman:.4f}\n"

@@ -24,7 +24,7 @@ SIZES = ((4, 3, 2), (1, 2, 3))  # per consumer: positions, inputs, outputs
 def batch(seed=0, sizes=SIZES, samples=SAMPLES):
     """What consumers see, and the cotangents of what they compute."""
     rng = np.random.default_rng(seed)
-    seen = [rng.standard_normal((UNITS, samples, p, a)).astype("float32") for p, a, _ in sizes]
+    seen = [rng.standard_normal((samples, UNITS, p, a)).astype("float32") for p, a, _ in sizes]
     cotangents = [
         rng.standard_normal((1 + COLUMNS, samples, p, o)).astype("float32") for p, _, o in sizes
     ]
@@ -47,9 +47,9 @@ def written_out(seen, cotangents):
         slopes = []  # [1 + K, N, W]
         for which in range(1 + COLUMNS):
             per_sample = []
-            for i in range(seen[0].shape[1]):
+            for i in range(len(seen[0])):
                 parts = [
-                    (u[unit, i].T @ c[which, i]).ravel()
+                    (u[i, unit].T @ c[which, i]).ravel()
                     for u, c in zip(seen, cotangents, strict=True)
                 ]
                 per_sample.append(np.concatenate(parts))
@@ -71,8 +71,8 @@ def test_dense_sums():
 def test_sums_of_two_batches_add_up():
     one, two = batch(1), batch(2)
     both = [
-        [np.concatenate(pair, axis=1) for pair in zip(x, y, strict=True)]
-        for x, y in zip(one, two, strict=True)
+        [np.concatenate(pair, axis=axis) for pair in zip(x, y, strict=True)]
+        for axis, (x, y) in enumerate(zip(one, two, strict=True))
     ]
     for make in (dense_sums, kronecker_sums):
         added = add_sums(make(*map(tensors, one)), make(*map(tensors, two)))

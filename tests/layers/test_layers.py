@@ -48,9 +48,9 @@ def test_linear_and_unfold_are_the_layer(name):
     seen = layer.unfold(tf.constant(x))
     positions = int(np.prod(expected.shape[1:-1]))
     taps = int(np.prod(layer.kernel.shape[:-2]))
-    assert tuple(seen.shape) == (2, positions, taps, shape[-1])
+    assert tuple(seen.shape) == (2, shape[-1], positions, taps)
     kernel = ops.reshape(layer.kernel, (taps, shape[-1], 3))
-    unfolded = np.einsum("nptc,tco->npo", seen, kernel).reshape(expected.shape)
+    unfolded = np.einsum("ncpt,tco->npo", seen, kernel).reshape(expected.shape)
     if layer.use_bias:
         unfolded = unfolded + layer.bias.numpy()
     np.testing.assert_allclose(unfolded, expected, atol=1e-5)
@@ -240,7 +240,7 @@ class Mixed(Mixing, layers.Layer):
         return ops.matmul(inputs, kernel)
 
     def unfold(self, inputs):
-        return ops.reshape(inputs, (-1, 1, 1, inputs.shape[-1]))
+        return ops.reshape(inputs, (-1, inputs.shape[-1], 1, 1))
 
     def call(self, inputs):
         return self.activate(self.linear(inputs, self.kernel))

@@ -115,8 +115,8 @@ def test_equal_seeds_propose_equal_plans():
 
 
 def test_the_estimate_of_a_scaled_set():
-    """At scale 1 it is the plan's own estimate; towards 0 it vanishes."""
-    model, oracle = two_layers(), quick_oracle()
+    """With exact curvature it is, at scale 1, the plan's own estimate; towards 0 it vanishes."""
+    model, oracle = two_layers(), quick_oracle(curvature="exact")
     data = oracle.split(arrays())
     plan = oracle.propose_plan(model, data)
     whole = oracle.estimate(model, plan.candidates, data.score)

@@ -4,7 +4,7 @@ For weights phi of a new unit, the estimate is `G.phi + 1/2 phi'Q phi`. With `u`
 weights see and `c` a cotangent of the response they make, the gradient of one sample is
 `sum_p u_p c_p'`; `G` sums it for the loss gradient, `Q` its outer products over the columns.
 
-Layouts: `seen` is `[n, N, P, A]` per consumer (A = T*B), its cotangents `[1 + K, N, P, O]` with the
+Layouts: `seen` is `[N, n, P, A]` per consumer (A = T*B), its cotangents `[1 + K, N, P, O]` with the
 gradient first; weights of all consumers are flattened and joined to `[n, W]`, `W = sum A*O`.
 """
 
@@ -60,10 +60,10 @@ def kronecker_sums(seen: Sequence, cotangents: Sequence) -> dict[str, tf.Tensor]
     """Sums of one batch with Q factored per consumer, `Q ~ A x S` (Grosse & Martens 2016)."""
     parts, sums = [], {}
     for index, (u, c) in enumerate(zip(seen, cotangents, strict=True)):
-        total = tf.einsum("nipa,ipo->nao", u, c[0])
+        total = tf.einsum("inpa,ipo->nao", u, c[0])
         parts.append(tf.reshape(total, (-1, total.shape[1] * total.shape[2])))
         rows = tf.reshape(c[1:], (-1, c.shape[-1]))
-        sums[f"a/{index}"] = tf.einsum("nipa,nipb->nab", u, u)
+        sums[f"a/{index}"] = tf.einsum("inpa,inpb->nab", u, u)
         sums[f"s/{index}"] = tf.matmul(rows, rows, transpose_a=True)
         sums[f"rows/{index}"] = tf.cast(tf.size(c[0]) / c.shape[-1], tf.float32)
     return {"g": tf.concat(parts, axis=-1), **sums}
@@ -71,8 +71,13 @@ def kronecker_sums(seen: Sequence, cotangents: Sequence) -> dict[str, tf.Tensor]
 
 def _sample_gradients(u, c):
     """`[n, 1 + K, N, A*O]`: every sample's gradient with respect to the weights."""
-    outer = tf.einsum("nipa,kipo->nkiao", u, c)
-    return tf.reshape(outer, (u.shape[0], c.shape[0], -1, u.shape[3] * c.shape[3]))
+    passes, outputs = c.shape[0], c.shape[3]
+    sample_first = tf.transpose(c, (1, 2, 0, 3))
+    flat = tf.reshape(sample_first, (-1, 1, tf.shape(c)[2], passes * outputs))
+    outer = tf.matmul(u, flat, transpose_a=True)  # [N, n, A, (1 + K) * O]
+    outer = tf.reshape(outer, (-1, u.shape[1], u.shape[3], passes, outputs))
+    outer = tf.transpose(outer, (1, 3, 0, 2, 4))
+    return tf.reshape(outer, (u.shape[1], passes, -1, u.shape[3] * outputs))
 
 
 def solve_sums(sums: Sums, damping) -> tf.Tensor:

@@ -32,11 +32,9 @@ class BatchNormalization(GrowableChannelwise, keras.layers.BatchNormalization):
         return None
 
     def apply_channels(self, inputs, variables):
-        scale = ops.rsqrt(variables["moving_variance"] + self.epsilon)
-        outputs = (inputs - variables["moving_mean"]) * scale
-        if "gamma" in variables:
-            outputs = outputs * variables["gamma"]
-        return outputs + variables["beta"] if "beta" in variables else outputs
+        scale = ops.rsqrt(variables["moving_variance"] + self.epsilon) * variables.get("gamma", 1.0)
+        offset = variables.get("beta", 0.0) - variables["moving_mean"] * scale
+        return inputs * scale + offset
 
     def child_variables(self, variables, moments):
         child = dict(variables)

@@ -35,8 +35,8 @@ class _Conv(Mixing):
         to_front = (0, self.rank + 1, *range(1, self.rank + 1))
         each = ops.reshape(ops.transpose(inputs, to_front), (-1, *spatial, 1))
         seen = self.convolution_op(each, ops.cast(one_hot, inputs.dtype))
-        seen = ops.reshape(seen, (-1, channels, int(np.prod(seen.shape[1:-1])), taps))
-        return ops.transpose(seen, (0, 2, 3, 1))
+        positions = -1 if None in seen.shape[1:-1] else int(np.prod(seen.shape[1:-1]))
+        return ops.reshape(seen, (ops.shape(inputs)[0], channels, positions, taps))
 
 
 @keras.saving.register_keras_serializable(package="tfgrow")

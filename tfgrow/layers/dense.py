@@ -36,4 +36,5 @@ class Dense(Mixing, keras.layers.Dense):
     def unfold(self, inputs):
         between = inputs.shape[1:-1]
         positions = -1 if None in between else math.prod(between)
-        return ops.reshape(inputs, (ops.shape(inputs)[0], positions, 1, inputs.shape[-1]))
+        flat = ops.reshape(inputs, (ops.shape(inputs)[0], positions, inputs.shape[-1]))
+        return ops.transpose(flat, (0, 2, 1))[..., None]

@@ -125,7 +125,7 @@ class Mixing(Growable):
         return outputs if activation is None else activation(outputs)
 
     def unfold(self, inputs):
-        """The inputs that each output position sees: `[N, ..., c] -> [N, P, T, c]`.
+        """The inputs that each output position sees: `[N, ..., c] -> [N, c, P, T]`.
 
         With a kernel reshaped to `[T, c, O]`, `linear` is the contraction of both over `T` and `c`.
         """

@@ -105,16 +105,11 @@ class Add(Morphism):
     def equations(self, capture, group, perturbed):
         seen, cotangents = [], []
         for index, (leaf, node) in enumerate(_reads(group.site)):
-            # [N, P, T, size] -> [n, N, P, T*B]
             patches = node.operation.unfold(perturbed.values[leaf.tensor])
-            patches = group.path.by_unit(leaf.tensor, patches)
-            patches = tf.transpose(patches, (3, 0, 1, 2, 4))
-            together = patches.shape[3] * patches.shape[4]
-            positions = patches.shape[2] or tf.shape(patches)[2]
-            seen.append(tf.reshape(patches, (patches.shape[0], -1, positions, together)))
-            outputs = node.operation.growth_units
-            tap = consumer_taps(group.site)[index]
-            stacked = capture.cotangents[tap]
+            seen.append(_unit_patches(group.path, leaf.tensor, patches))
+            stacked = capture.cotangents[consumer_taps(group.site)[index]]
+            outputs = stacked.shape[-1]
+            positions = seen[-1].shape[2] or tf.shape(seen[-1])[2]
             cotangents.append(tf.reshape(stacked, (stacked.shape[0], -1, positions, outputs)))
         return (dense_sums if _dense(group.site) else kronecker_sums)(seen, cotangents)
 
@@ -167,6 +162,16 @@ def _phi_shapes(site) -> list[tuple[int, int, int]]:
 
 def _dense(site) -> bool:
     return sum(int(np.prod(shape)) for shape in _phi_shapes(site)) <= DENSE_LIMIT
+
+
+def _unit_patches(path, tensor, patches):
+    """`[N, size, P, T] -> [N, n, P, T*B]`."""
+    if path.maps[tensor].blocks == 1:
+        return patches
+    by_unit = path.by_unit(tensor, tf.transpose(patches, (0, 2, 3, 1)))  # [N, P, T, n, B]
+    by_unit = tf.transpose(by_unit, (0, 3, 1, 2, 4))
+    positions = by_unit.shape[2] or tf.shape(by_unit)[2]
+    return tf.reshape(by_unit, (-1, path.count, positions, by_unit.shape[3] * by_unit.shape[4]))
 
 
 def _group_kernel(group, leaf, node, phi):
