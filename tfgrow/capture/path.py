@@ -101,7 +101,7 @@ class Path:
         """The last axis taken apart: `[..., size] -> [..., count, blocks]`."""
         mine = self.maps[tensor]
         if mine.blocks == 1:
-            return values[..., None]
+            return tf.expand_dims(values, -1)
         grouped = take(values, mine.index.reshape(-1))
         dynamic = tf.shape(values)
         lead = [dynamic[axis] if n is None else n for axis, n in enumerate(values.shape[:-1])]

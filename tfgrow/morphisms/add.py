@@ -76,7 +76,7 @@ class Add(Morphism):
         response = site.producer.linear(producer_input(capture, site), **weights)
         templates = group.static["template"].tolist()
         if fresh:
-            observer = Observer(path, "new")
+            observer = Observer(path, ("new",))
             live = path.live_variables(templates)
             return Perturbed(path.run_newborn(response, live, observer), observer.seen)
         variables = stacked_path_variables(

@@ -17,19 +17,23 @@ from tfgrow.morphisms.base import Candidate
 
 
 class Observer:
-    """Collects the batch's moments where a path's layers need them: `seen[name] [n, blocks]`."""
+    """Collects the batch's moments where a path's layers need them: `seen[name] [n, blocks]`.
 
-    def __init__(self, path: Path, who: str):
+    The batch may be several of equal size, one behind the other, of units that `who` names.
+    """
+
+    def __init__(self, path: Path, who: Sequence[str]):
         self.seen: dict[str, tf.Tensor] = {}
         self._path = path
         self._who = who
 
     def __call__(self, number: int, values) -> None:
-        axes = list(range(len(values.shape) - 1))
         source = self._path.steps[number].source
-        for name, moment in (("mean", values), ("square", values**2)):
-            key = f"{self._who}/{number}/{name}"
-            self.seen[key] = self._path.by_unit(source, tf.reduce_mean(moment, axes))
+        parts = tf.reshape(tf.stop_gradient(values), (len(self._who), -1, values.shape[-1]))
+        for name, moment in (("mean", parts), ("square", parts**2)):
+            by_unit = self._path.by_unit(source, tf.reduce_mean(moment, axis=1))
+            for who, value in zip(self._who, tf.unstack(by_unit), strict=True):
+                self.seen[f"{who}/{number}/{name}"] = value
 
 
 def state_moments(state: Mapping[str, np.ndarray], who: str, number: int) -> Moments | None:

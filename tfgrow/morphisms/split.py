@@ -26,6 +26,10 @@ START = 0.5
 """Initial size of theta, relative to the unit's weights."""
 
 
+WHO = ("plus", "minus", "now")
+"""The two children and the undisturbed unit, in the state's names."""
+
+
 class Split(Morphism):
     """Splits one unit into two. See the module's docstring."""
 
@@ -62,15 +66,15 @@ class Split(Morphism):
             producer_input(capture, site), **as_layer_weights(site.producer, own)
         )
         response = take(producer_response(capture, site), group.units)
-        variables = path.live_variables(group.units)
-        arriving, moments = {}, {}
-        for who, value in (("plus", response + step), ("minus", response - step),
-                           ("now", response)):  # fmt: skip
-            observer = Observer(path, who)
-            arriving[who] = path.run(value, variables, observer)
-            moments.update(observer.seen)
-        up, down, now = arriving["plus"], arriving["minus"], arriving["now"]
-        return Perturbed({leaf: 0.5 * (up[leaf] + down[leaf]) - now[leaf] for leaf in now}, moments)
+        # All three go through the path as one batch: a third of the operations to trace.
+        observer = Observer(path, WHO)
+        together = tf.concat([response + step, response - step, response], axis=0)
+        arriving = path.run(together, path.live_variables(group.units), observer)
+        values = {}
+        for leaf, value in arriving.items():
+            plus, minus, now = tf.split(value, len(WHO))
+            values[leaf] = 0.5 * (plus + minus) - now
+        return Perturbed(values, observer.seen)
 
     def scalars(self, capture, group, theta, perturbed):
         del theta
