@@ -214,14 +214,15 @@ def _why_none(every: Sequence[Candidate], limits: Limits) -> str:
     if not every:
         return "there is no candidate"
     smallest = min((candidate.cost for candidate in every), key=lambda c: (c.params, c.flops))
+    left = [
+        f"{limit} {unit}"
+        for limit, unit in ((limits.params, "parameters"), (limits.flops, "FLOPs"))
+        if limit is not None
+    ]
     return (
-        f"the smallest edit adds {smallest.params} parameters and {smallest.flops} FLOPs, and may "
-        f"add {_or_any(limits.params)} and {_or_any(limits.flops)}"
+        f"the smallest edit adds {smallest.params} parameters and {smallest.flops} FLOPs, and only "
+        f"{' and '.join(left)} may be added"
     )
-
-
-def _or_any(limit: int | None) -> str:
-    return "any number" if limit is None else str(limit)
 
 
 def _joint_cost(costs: CostModel, chosen: Sequence[Candidate]) -> Cost:
