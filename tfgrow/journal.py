@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from tfgrow._files import write_json
 from tfgrow.types import GrowthEvent
 
 _VERSION = 1
@@ -99,7 +100,7 @@ class Journal:
     def save(self, path: str | os.PathLike) -> None:
         """Writes a copy; an existing file is replaced as a whole."""
         events = [event.to_json() for event in self._events]
-        _replace_file(os.fspath(path), {"version": _VERSION, "events": _plain(events)})
+        write_json(path, {"version": _VERSION, "events": _plain(events)}, indent=1)
 
     def to_rows(self) -> list[dict[str, Any]]:
         """One flat dict per event, all with the same keys, for `pandas.DataFrame` or CSV.
@@ -178,20 +179,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-def _replace_file(path: str, data: Any) -> None:
-    """Writes JSON so that the file is replaced as a whole or stays as it was."""
-    text = json.dumps(data, indent=1)
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with tf.io.gfile.GFile(temporary, "w") as file:
-            file.write(text)
-        tf.io.gfile.rename(temporary, path, overwrite=True)
-    except BaseException:
-        if tf.io.gfile.exists(temporary):
-            tf.io.gfile.remove(temporary)
-        raise
 
 
 def _parse(text: str, path: str) -> list[GrowthEvent]:

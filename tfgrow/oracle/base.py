@@ -15,7 +15,6 @@ from __future__ import annotations
 import abc
 import contextlib
 import dataclasses
-import json
 import math
 import os
 import re
@@ -27,6 +26,7 @@ import numpy as np
 import tensorflow as tf
 from keras_tuner.engine.trial import Trial, TrialStatus
 
+from tfgrow._files import write_json
 from tfgrow.graph.cost import model_flops
 from tfgrow.graph.nodes import trace
 from tfgrow.graph.sites import find_sites
@@ -469,21 +469,6 @@ class GrowthOracle(keras_tuner.Oracle, abc.ABC):
         if self.objective.has_value(found):
             found[self.objective.name] = float(self.objective.get_value(found))
         return found
-
-
-def write_json(path: str | os.PathLike, data: Any, indent: int | None = None) -> None:
-    """Writes JSON so that the file is replaced as a whole or stays as it was."""
-    path = os.fspath(path)
-    text = json.dumps(data, indent=indent)  # fails, if it does, before anything is touched
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with tf.io.gfile.GFile(temporary, "w") as file:
-            file.write(text)
-        tf.io.gfile.rename(temporary, path, overwrite=True)
-    except BaseException:
-        if tf.io.gfile.exists(temporary):
-            tf.io.gfile.remove(temporary)
-        raise
 
 
 def describe_widths(widths: Mapping[str, tuple[int, int]]) -> str:
