@@ -11,8 +11,12 @@ import tensorflow as tf
 
 def write_json(path: str | os.PathLike, data: Any, indent: int | None = None) -> None:
     """Writes JSON so that the file is replaced as a whole or stays as it was."""
+    write_text(path, json.dumps(data, indent=indent))  # what JSON can't say fails first
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes text so that the file is replaced as a whole or stays as it was."""
     path = os.fspath(path)
-    text = json.dumps(data, indent=indent)  # fails, if it does, before anything is touched
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         with tf.io.gfile.GFile(temporary, "w") as file:

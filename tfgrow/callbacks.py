@@ -14,10 +14,8 @@ import keras
 import numpy as np
 
 from tfgrow import schedules
-from tfgrow.graph.cost import model_flops
-from tfgrow.graph.nodes import trace
 from tfgrow.graph.sites import find_sites
-from tfgrow.growth import describe
+from tfgrow.growth import describe, size_of
 from tfgrow.journal import Journal
 from tfgrow.liveness import alive_share
 from tfgrow.measure import real_loss
@@ -174,7 +172,7 @@ class Growth(keras.callbacks.Callback):
 
     def _grow(self) -> None:
         with growth_transaction(self.model), self.oracle.all_or_nothing():
-            before = _size(self.model)
+            before = size_of(self.model)
             data = self.oracle.split(self.data)
             trial, plan = self.oracle.propose(
                 self.model, data, epoch=self._epochs_done, progress=self._progress()
@@ -207,7 +205,7 @@ class Growth(keras.callbacks.Callback):
 
     def _event(self, before, plan: Plan, outcome: Outcome | None, seconds) -> GrowthEvent:
         applied = outcome is not None and outcome.alpha > 0
-        after = _size(self.model)
+        after = size_of(self.model)
         widths = dict(plan.widths) if applied else {}
         reason = plan.reason if applied or outcome is None else self._why_rejected(outcome)
         return GrowthEvent(
@@ -238,7 +236,7 @@ class Growth(keras.callbacks.Callback):
     def _log(self, logs) -> None:
         new = self.events[self._reported :]
         self._reported = len(self.journal)
-        params, flops = _size(self.model)
+        params, flops = size_of(self.model)
         logs["tfgrow_params"] = params
         logs["tfgrow_flops"] = flops
         logs["tfgrow_events"] = sum(event.status == "applied" for event in self.events)
@@ -331,7 +329,3 @@ def _estimate(plan: Plan, outcome: Outcome | None) -> float | None:
     if outcome is None or outcome.alpha in (0.0, 1.0):
         return plan.estimated_change
     return outcome.estimated_change
-
-
-def _size(model) -> tuple[int, int]:
-    return model.count_params(), model_flops(trace(model))

@@ -289,7 +289,7 @@ class _Settled:
 
 
 def _add(first, second):
-    return [add_sums(a, b) if a else a for a, b in zip(first, second, strict=True)]
+    return [add_sums(a, b) for a, b in zip(first, second, strict=True)]
 
 
 def _unstack(candidates, groups, positions, thetas, settled: _Settled) -> list[Candidate]:

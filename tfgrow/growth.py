@@ -47,10 +47,10 @@ def apply(model: keras.Model, candidates: Sequence[Candidate]) -> GrowthEvent:
     """
     started = time.perf_counter()
     chosen = checked(model, candidates)
-    before = _size(model)
+    before = size_of(model)
     widths = widths_of(model)
     apply_edits(model, edits_of(chosen))
-    after = _size(model)
+    after = size_of(model)
     grown = {
         name: (widths[name], units) for name, units in widths_of(model).items()
         if units != widths[name]
@@ -140,5 +140,6 @@ def widths_of(model: keras.Model) -> dict[str, int]:
     return {site.name: site.units for site in find_sites(model) if site.blocked is None}
 
 
-def _size(model: keras.Model) -> tuple[int, int]:
+def size_of(model: keras.Model) -> tuple[int, int]:
+    """Parameters of a model, and inference FLOPs per sample."""
     return model.count_params(), model_flops(trace(model))

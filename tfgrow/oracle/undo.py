@@ -10,6 +10,8 @@ from typing import Any
 
 import tensorflow as tf
 
+from tfgrow._files import write_text
+
 
 @contextlib.contextmanager
 def restored_on_error(oracle: Any, directory: str | None) -> Iterator[None]:
@@ -52,7 +54,7 @@ def _write_back(directory: str, files: dict[str, str | None]) -> None:
     for name, text in files.items():
         path = os.path.join(directory, name)
         if text is not None and not (tf.io.gfile.exists(path) and _text(path) == text):
-            _replace(path, text)
+            write_text(path, text)
 
 
 def _names(directory: str) -> list[str]:
@@ -63,10 +65,3 @@ def _names(directory: str) -> list[str]:
 def _text(path: str) -> str:
     with tf.io.gfile.GFile(path) as file:
         return file.read()
-
-
-def _replace(path: str, text: str) -> None:
-    temporary = f"{path}.{os.getpid()}.tmp"
-    with tf.io.gfile.GFile(temporary, "w") as file:
-        file.write(text)
-    tf.io.gfile.rename(temporary, path, overwrite=True)
