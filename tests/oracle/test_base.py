@@ -322,6 +322,16 @@ def test_reload(model, tmp_path, capsys):
     assert again.trials["0002"].hyperparameters.get("tfgrow/parent") == "0000"
 
 
+def test_reloaded_trials_stand_in_their_order(model, tmp_path, monkeypatch):
+    """Whatever the order in which the file system lists their folders."""
+    first = Scripted([plan_of(), plan_of(), plan_of()], **project(tmp_path))
+    for _ in range(3):
+        step(first, model)
+    glob = tf.io.gfile.glob
+    monkeypatch.setattr(tf.io.gfile, "glob", lambda path: sorted(glob(path), reverse=True))
+    assert list(Scripted(**project(tmp_path)).trials) == ["0000", "0001", "0002"]
+
+
 def test_reload_without_a_score_ranks_last(model, tmp_path):
     first = Scripted([plan_of(), plan_of()], **project(tmp_path))
     step(first, model, loss_before=None)

@@ -407,8 +407,9 @@ class GrowthOracle(keras_tuner.Oracle, abc.ABC):
         # Trials whose file is younger than oracle.json are in none of its lists.
         self._retry_queue = []
         self.start_order += sorted(set(self.trials) - set(self.start_order))
-        for trial_id in self.start_order:
-            trial = self.trials[trial_id]
+        # Keras Tuner reads them in the order in which the file system lists them.
+        self.trials = {trial_id: self.trials[trial_id] for trial_id in self.start_order}
+        for trial_id, trial in self.trials.items():
             if trial.status == TrialStatus.RUNNING:
                 trial.status, trial.message = TrialStatus.INVALID, "the process ended in this step"
                 self._save_trial(trial)
