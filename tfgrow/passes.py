@@ -62,9 +62,11 @@ class Passes:
 
     def loss(self, batch) -> Any:
         """Sum of the weighted losses of a batch, and the number of its samples."""
-        x, y, weight = batch
-        logits = observe(self._graph, x).values[self._head.tap]
-        return tf.reduce_sum(self._loss.per_sample(y, logits) * weight), _count(weight)
+        return self._sum_of_losses(batch, observe(self._graph, batch[0])), _count(batch[2])
+
+    def _sum_of_losses(self, batch, captured: Capture) -> Any:
+        _, y, weight = batch
+        return tf.reduce_sum(self._loss.per_sample(y, captured.values[self._head.tap]) * weight)
 
     def scalars(self, batch, seed, groups: Sequence[Group], thetas: Sequence[Arrays]) -> Any:
         """Sums over a batch of `(loss, linear [C], gram [C, C], samples)` for all candidates."""
@@ -79,9 +81,8 @@ class Passes:
         linear = together[0]
         columns = tf.reshape(together[1:], (-1, together.shape[2]))
         gram = tf.matmul(columns, columns, transpose_a=True)
-        _, y, weight = batch
-        losses = self._loss.per_sample(y, captured.values[self._head.tap]) * weight
-        return tf.reduce_sum(losses), tf.reduce_sum(linear, 0), gram, _count(weight)
+        loss = self._sum_of_losses(batch, captured)
+        return loss, tf.reduce_sum(linear, 0), gram, _count(batch[2])
 
     def joint(self, batch, groups: Sequence[Group], thetas: Sequence[Arrays]) -> Any:
         """Sums over a batch of the joint change by forward accumulators, and its samples."""
@@ -112,10 +113,11 @@ class Passes:
           rate: step size relative to the weights' natural size; at 0 nothing moves.
 
         Returns:
-          `(adam, sums of this batch, decayed sums, moments, objective)`.
+          `(adam, sums of this batch, decayed sums, moments, objective)`, the objective being the
+          loss where nothing moves.
         """
         captured = self.capture(batch, seed, _taps(groups))
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
+        with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
             vector = adam[0]
             tape.watch(vector)
             thetas = parameters.unpack(vector)
@@ -123,20 +125,32 @@ class Passes:
                 group.morphism.perturb(captured, group, theta, fresh=True)
                 for group, theta in zip(groups, thetas, strict=True)
             ]
-            with tape.stop_recording():
-                new, kept, solved = _closed_forms(captured, groups, perturbed, sums)
-            total = tf.add_n(
-                [
-                    _objective(
-                        group.morphism.scalars(captured, group, {**theta, **phi}, effect), batch[2]
-                    )
-                    for group, theta, phi, effect in zip(
-                        groups, thetas, solved, perturbed, strict=True
-                    )
-                ]
-            )
-        adam = _adam_step(adam, tape.gradient(total, vector), rate)
-        return adam, new, kept, [dict(effect.moments) for effect in perturbed], total
+        new, kept = _equations(captured, groups, perturbed, sums)
+
+        def improve():
+            solved = [
+                group.morphism.solve(group, mine, LEARNING_DAMPING) if mine else {}
+                for group, mine in zip(groups, kept, strict=True)
+            ]
+            with tape:
+                total = tf.add_n(
+                    [
+                        _objective(
+                            group.morphism.scalars(captured, group, {**theta, **phi}, effect),
+                            batch[2],
+                        )
+                        for group, theta, phi, effect in zip(
+                            groups, thetas, solved, perturbed, strict=True
+                        )
+                    ]
+                )
+            return (*_adam_step(adam, tape.gradient(total, vector), rate), total)
+
+        def settle():  # closed forms and statistics only: spared is more than half of the step
+            return (*adam, self._sum_of_losses(batch, captured))
+
+        *adam, total = tf.cond(rate > 0.0, improve, settle)
+        return tuple(adam), new, kept, [dict(effect.moments) for effect in perturbed], total
 
 
 class Parameters:
@@ -179,16 +193,14 @@ def _unit_column(group: Group, name: str) -> np.ndarray:
     return np.asarray(group.scales[name], dtype="float32").reshape(-1, *[1] * axes)
 
 
-def _closed_forms(captured, groups, perturbed, sums):
-    """Per group: the batch's normal equations, the decayed ones, and what they solve to."""
-    new, kept, solved = [], [], []
+def _equations(captured, groups, perturbed, sums):
+    """Per group: the batch's normal equations, and those of the batches before it added."""
+    new, kept = [], []
     for group, effect, old in zip(groups, perturbed, sums, strict=True):
         mine = group.morphism.equations(captured, group, effect)
-        both = add_sums(scale_sums(old, FORGET), mine)
         new.append(mine)
-        kept.append(both)
-        solved.append(group.morphism.solve(group, both, LEARNING_DAMPING) if mine else {})
-    return new, kept, solved
+        kept.append(add_sums(scale_sums(old, FORGET), mine))
+    return new, kept
 
 
 def _count(weight):

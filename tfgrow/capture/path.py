@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -109,11 +110,20 @@ class Path:
 
     def per_unit(self, tensor: int, values):
         """Sums over positions and blocks: `[1 + K, N, ..., size] -> [1 + K, N, count]`."""
-        axes = list(range(2, len(values.shape) - 1))
-        flat = tf.reduce_sum(values, axis=axes) if axes else values
+        flat = _sum_positions(values)
         if self.maps[tensor].blocks == 1:
             return flat
         return tf.reduce_sum(self.by_unit(tensor, flat), axis=-1)
+
+
+def _sum_positions(values):
+    """`[1 + K, N, ..., size] -> [1 + K, N, size]`, as a product: its gradient is quick to trace."""
+    between, size = values.shape[2:-1], values.shape[-1]
+    if not between:
+        return values
+    positions = -1 if None in between else math.prod(between)
+    rows = tf.reshape(values, (values.shape[0], tf.shape(values)[1], positions, size))
+    return tf.squeeze(tf.matmul(tf.ones((1, tf.shape(rows)[2])), rows), axis=2)
 
 
 def take(values, index: np.ndarray, axis: int = -1):
