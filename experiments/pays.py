@@ -47,9 +47,9 @@ flags.DEFINE_float(
     "growth_per_step", 0.5, "Most parameters a step adds, relative to those before.", lower_bound=0
 )
 flags.DEFINE_list("morphisms", ["split", "add"], "Kinds of edits to consider.")
-flags.DEFINE_integer("new_units", 8, "New units tried per layer and step.", lower_bound=1)
+flags.DEFINE_integer("new_units", 4, "New units tried per layer and step.", lower_bound=1)
 flags.DEFINE_enum(
-    "curvature", "auto", ("auto", "exact", "sampled", "empirical"), "Curvature of the estimates."
+    "curvature", "sampled", ("auto", "exact", "sampled", "empirical"), "Curvature of the estimates."
 )
 flags.DEFINE_integer("batch_size", 128, "Images per training step.", lower_bound=1)
 flags.DEFINE_float("learning_rate", 3e-3, "Learning rate at the start.", lower_bound=1e-9)
