@@ -257,7 +257,7 @@ def depthwise():
 def multiplied_depthwise_with_statistics():
     inputs = keras.Input((4, 4, 2))
     x = layers.Conv2D(2, 1, activation="relu", name="conv1")(inputs)
-    x = layers.DepthwiseConv2D(2, depth_multiplier=2, use_bias=False, name="dw1")(x)
+    x = layers.DepthwiseConv2D(2, depth_multiplier=2, activation="relu", name="dw1")(x)
     x = layers.DepthwiseConv2D(2, depth_multiplier=2, use_bias=False, name="dw2")(x)
     x = layers.BatchNormalization(name="bn")(x)
     x = layers.ReLU(name="relu")(x)

@@ -260,12 +260,19 @@ def integer_model():
         (image_model, {"dtype": "float33"}, TypeError, "Unknown dtype 'float33'"),
         (image_model, {"dtype": "string"}, TypeError, "string values cannot be cast"),
         (integer_model, {"dtype": "float32"}, TypeError, "'tokens' has dtype int32"),
+        (image_model, {"output_dtype": "string"}, TypeError, "output_dtype must be a number type"),
     ],
 )
 def test_bad_arguments(tmp_path, make, options, error, message):
     with pytest.raises(error, match=message):
         export(make(), tmp_path / "1", verbose=False, **options)
     assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("path", [None, 3, ""])
+def test_what_is_no_path_is_refused(path):
+    with pytest.raises(ValueError, match="needs the path of the directory"):
+        export(image_model(), path, verbose=False)
 
 
 def test_remote_paths_are_refused():

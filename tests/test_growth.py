@@ -209,10 +209,43 @@ def test_bad_candidates_are_refused_and_leave_the_model_alone():
     tfgrow.apply(model, splits[:1])  # nothing of the failures has stuck
 
 
-@pytest.mark.parametrize("units", [0, -1, 1.5, "2"])
+@pytest.mark.parametrize("units", [0, -1, 1.5, "2", True, None])
 def test_widening_by_nonsense(units):
-    with pytest.raises(ValueError, match=r"widen\('conv1'\): expected units >= 1"):
+    with pytest.raises(ValueError, match="units must be a whole number >= 1"):
         tfgrow.widen(BATCH_NORM.model(), "conv1", units)
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [({"kernel": np.ones(7)}, r"shape \(7,\)"), ({"kernel": np.full((3, 3, 2), np.nan)}, ".*nan")],
+)
+def test_theta_of_another_shape_or_not_finite_is_refused(change, found):
+    model = BATCH_NORM.model()
+    split = tfgrow.candidates(model, "split")[0]
+    with pytest.raises(ValueError, match=rf"theta\['kernel'\].*must be finite.*found {found}"):
+        tfgrow.apply(model, [split.replace(theta={**split.theta, **change})])
+
+
+def test_one_candidate_and_one_site_may_stand_alone():
+    model = BATCH_NORM.model()
+    new = tfgrow.candidates(model, "add", sites="conv1", new_units=1)
+    assert new[0].key == tfgrow.candidates(model, "add", sites=["conv1"] * 2, new_units=1)[0].key
+    before = model.get_layer("conv1").filters
+    assert tfgrow.apply(model, new[0]).widths == {"conv1": (before, before + 1)}
+
+
+def test_double_precision_is_kept():
+    keras.config.set_floatx("float64")
+    try:
+        stock = keras.Sequential(
+            [keras.Input((4,)), keras.layers.Dense(3, "tanh", name="a"), keras.layers.Dense(2)]
+        )
+        model, x = tfgrow.convert(stock), np.random.default_rng(0).normal(size=(5, 4))
+        before = np.asarray(model(x))
+        tfgrow.widen(model, "a", 2)
+        np.testing.assert_allclose(model(x), before, atol=1e-15)
+    finally:
+        keras.config.set_floatx("float32")
 
 
 def test_widening_what_is_not_there_or_cannot_grow():

@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import keras
+from keras.src.saving import serialization_lib
 
 
 def graph_of(model: keras.Model) -> Any:
@@ -24,9 +26,29 @@ def calls_of(functional: Any) -> Iterator[Any]:
         yield from (call for call in functional._nodes_by_depth[depth] if not call.is_input)
 
 
-def layers_within(model: keras.Model) -> list[keras.layers.Layer]:
-    """The model and all layers in it, however deep."""
-    return list(model._flatten_layers())
+def called_by_others(model: keras.Model) -> bool:
+    """Whether a model was called on symbolic tensors, and so is a part of another graph."""
+    return bool(model._inbound_nodes)
+
+
+def readers_of(layer: keras.layers.Layer) -> Iterator[keras.Operation]:
+    """The layers and operations that read a layer's outputs, in whatever graph."""
+    return (call.operation for call in layer._outbound_nodes)
+
+
+def layers_within(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
+    """The layer and all layers in it, however deep, in the order it keeps them."""
+    return list(layer._flatten_layers())
+
+
+def optimizer_weights(optimizer: keras.optimizers.Optimizer) -> list[keras.Variable]:
+    """The weights that a built optimizer was built on; its slot lists follow this order."""
+    return list(optimizer._trainable_variables)
+
+
+def trusting_configs() -> AbstractContextManager:
+    """While it is open, configs may hold lambdas: for configs that come from no file."""
+    return serialization_lib.SafeModeScope(safe_mode=False)
 
 
 def takes_training(operation: Any) -> bool:

@@ -189,6 +189,10 @@ def _serving_function(
     model: keras.Model, structure: Any, output_dtype: str | None
 ) -> Callable[[Any], Any]:
     output = None if output_dtype is None else _as_dtype(output_dtype)
+    if output is not None and not (output.is_floating or output.is_integer):
+        raise TypeError(
+            f"output_dtype must be a number type such as 'float32', found {output.name}."
+        )
     own_dtypes = keras.tree.map_structure(lambda tensor: tf.as_dtype(tensor.dtype), structure)
 
     def serve(inputs: Any) -> Any:
@@ -201,6 +205,8 @@ def _serving_function(
 
 
 def _free_path(path: str | os.PathLike[str], overwrite: bool) -> Path:
+    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
+        raise ValueError(f"export needs the path of the directory to write, found {path!r}.")
     if "://" in os.fspath(path):
         raise ValueError(
             f"export writes to local directories, found {path!r}: copy it there after."

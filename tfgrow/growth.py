@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import keras
+import numpy as np
 
+from tfgrow._checks import require_whole
 from tfgrow.graph.cost import model_flops
-from tfgrow.graph.nodes import trace
+from tfgrow.graph.nodes import functional_of, trace
 from tfgrow.graph.sites import find_sites
 from tfgrow.morphisms.base import Candidate
 from tfgrow.morphisms.registry import candidates as make_candidates
@@ -94,17 +96,20 @@ def widen(model: keras.Model, layer: str, units: int, seed: int = 0) -> GrowthEv
     >>> tfgrow.widen(model, "a", 2).widths
     {'a': (3, 5)}
     """
-    if not isinstance(units, int) or units < 1:
-        raise ValueError(f"widen('{layer}'): expected units >= 1, found {units!r}.")
-    new = make_candidates(model, ("add",), sites=[layer], new_units=units, seed=seed)
+    if not isinstance(layer, str):
+        raise TypeError(f"widen takes the name of a layer, found {layer!r}.")
+    require_whole("units", units, optional=False)
+    new = make_candidates(model, ("add",), sites=[layer], new_units=int(units), seed=seed)
     return apply(model, new)
 
 
 def checked(model: keras.Model, candidates: Sequence[Candidate]) -> list[Candidate]:
     """The candidates, if there are any and all are of this model as it is now."""
-    chosen = list(candidates)
+    functional_of(model)  # raises for what has no graph
+    chosen = [candidates] if isinstance(candidates, Candidate) else list(candidates)
     if not chosen:
         raise ValueError("No candidates to apply; make some with tfgrow.candidates(model).")
+    shapes: dict[tuple, dict[str, tuple]] = {}
     for candidate in chosen:
         if not isinstance(candidate, Candidate):
             raise TypeError(
@@ -112,11 +117,28 @@ def checked(model: keras.Model, candidates: Sequence[Candidate]) -> list[Candida
                 "tfgrow.candidates(model)."
             )
         check_current(model, candidate.site)
+        kind = (candidate.site.name, candidate.morphism)
+        if kind not in shapes:
+            made = get(candidate.morphism).candidates(candidate.site, new_units=1, seed=0)[0]
+            shapes[kind] = {name: np.shape(value) for name, value in made.theta.items()}
+        _check_theta(candidate, shapes[kind])
     repeated = [key for key, count in Counter(c.key for c in chosen).items() if count > 1]
     if repeated:
         site, morphism, unit = repeated[0]
         raise ValueError(f"The {morphism} of unit {unit} of site '{site}' is given twice.")
     return chosen
+
+
+def _check_theta(candidate: Candidate, expected: Mapping[str, tuple]) -> None:
+    """Raises ValueError for parameters that are not finite, or not of the expected shapes."""
+    for name, shape in expected.items():
+        value = np.asarray(candidate.theta.get(name))
+        if value.shape != shape or not np.isfinite(value).all():
+            raise ValueError(
+                f"theta['{name}'] of {candidate!r} must be finite and of shape {shape}; found "
+                f"shape {value.shape}, {value.reshape(-1)[:8]}... Learn it with "
+                "GaussNewtonEstimator.learn, on data without NaN."
+            )
 
 
 def edits_of(candidates: Sequence[Candidate]) -> list:

@@ -6,6 +6,7 @@ import zipfile
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from keras import layers
 
 import tfgrow
@@ -170,6 +171,143 @@ def test_layers_of_equal_name_in_nested_models_are_told_apart():
     np.testing.assert_allclose(outputs(model, x), outputs(stock, x), atol=1e-6)
 
 
+def dense_pair(name):
+    return keras.Sequential([keras.Input((4,)), layers.Dense(4, name="d")], name=name)
+
+
+def two_levels():
+    def pair(name):
+        both = [keras.Input((4,)), dense_pair("x"), dense_pair("y")]
+        return keras.Sequential(both, name=name)
+
+    return keras.Sequential([keras.Input((4,)), pair("p"), pair("q"), layers.Dense(3)])
+
+
+def taken_name():
+    parts = [dense_pair("x"), dense_pair("y"), layers.Dense(3, name="x_d")]
+    return keras.Sequential([keras.Input((4,)), *parts])
+
+
+def operations_of_equal_name():
+    def doubled(name):
+        keras.backend.clear_session()  # numbers the operation's name anew
+        inputs = keras.Input((4,))
+        return keras.Model(inputs, layers.Dense(4, name="d")(inputs) * 2.0, name=name)
+
+    first, second = doubled("one"), doubled("two")
+    inputs = keras.Input((4,))
+    return keras.Model(inputs, second(first(inputs)))
+
+
+@pytest.mark.parametrize("build", [two_levels, taken_name, operations_of_equal_name])
+def test_names_that_clash_when_nested_models_are_inlined(build):
+    stock = build()
+    model = tfgrow.convert(stock)
+    x = inputs_of(stock, 3)
+    np.testing.assert_allclose(outputs(model, x), outputs(stock, x), atol=1e-6)
+    names = [operation.name for operation in model.operations]
+    assert len(set(names)) == len(names)
+
+
+def normalised():
+    layer = layers.Normalization()
+    layer.adapt(np.array([[1.0, 20.0], [3.0, 60.0]]))
+    return keras.Sequential([keras.Input((2,)), layer, layers.Dense(3, name="a"), layers.Dense(1)])
+
+
+def test_adapted_statistics_are_kept():
+    stock, x = normalised(), np.array([[2.0, 50.0]], "float32")
+    model = tfgrow.convert(stock)
+    np.testing.assert_array_equal(outputs(model, x), outputs(stock, x))
+    np.testing.assert_array_equal(outputs(tfgrow.strip(model), x), outputs(stock, x))
+    new_unit = tfgrow.candidates(model, "add", new_units=1)
+    data = x, np.ones((1, 1))
+    assert abs(tfgrow.measure_change(model, new_unit, data, loss="mse")) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "lookup", [layers.StringLookup(), layers.TextVectorization(output_sequence_length=1)]
+)
+def test_adapted_vocabularies_are_kept(lookup):
+    words = np.array(["a", "b", "c"])
+    lookup.adapt(words)
+    shape = (1,) if isinstance(lookup, layers.StringLookup) else ()
+    inputs = keras.Input(shape, dtype="string")
+    x = layers.Flatten()(layers.Embedding(8, 4)(lookup(inputs)))
+    stock = keras.Model(inputs, layers.Dense(2)(x))
+    x = tf.constant(words.reshape(3, *shape))
+    np.testing.assert_array_equal(outputs(tfgrow.convert(stock), x), outputs(stock, x))
+
+
+class Tempered(keras.Model):
+    def __init__(self, *args, temperature=1.0, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.temperature = temperature
+
+    def compute_loss(self, *args, **kwargs):
+        return self.temperature * super().compute_loss(*args, **kwargs)
+
+
+class TemperedWithConfig(Tempered):
+    def get_config(self):
+        return {**super().get_config(), "temperature": self.temperature}
+
+
+def tempered(kind, **arguments):
+    inputs = keras.Input((4,))
+    return kind(inputs, layers.Dense(2)(inputs), **arguments)
+
+
+def test_arguments_of_a_class_with_its_own_training_are_kept_or_it_is_refused():
+    assert tfgrow.convert(tempered(TemperedWithConfig, temperature=9.0)).temperature == 9.0
+    assert tfgrow.convert(tempered(Tempered)).temperature == 1.0
+    with pytest.raises(TypeError, match=r"'temperature'.*get_config"):
+        tfgrow.convert(tempered(Tempered, temperature=9.0))
+
+
+def test_layer_frozen_after_the_optimizer_was_built():
+    hidden = [layers.Dense(3, name="a"), layers.Dense(3, name="b")]
+    stock = keras.Sequential([keras.Input((4,)), *hidden, layers.Dense(1)])
+    stock.compile("adam", "mse")
+    x, y = np.ones((8, 4), "float32"), np.ones((8, 1), "float32")
+    stock.fit(x, y, verbose=0)
+    stock.get_layer("b").trainable = False
+    stock.fit(x, y, verbose=0)
+    for model in (tfgrow.convert(stock), tfgrow.strip(tfgrow.convert(stock))):
+        for old, new in zip(stock.optimizer.variables, model.optimizer.variables, strict=True):
+            np.testing.assert_array_equal(old, new)
+        model.fit(x, y, verbose=0)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [layers.Dense(3, activation=lambda x: x * SCALE), layers.Lambda(lambda x: x * SCALE)],
+    ids=["activation", "Lambda"],
+)
+def test_lambdas_are_taken_as_they_are(layer):
+    stock = keras.Sequential([keras.Input((4,)), layer, layers.Dense(2, name="out")])
+    x = inputs_of(stock, 3)
+    model = tfgrow.convert(stock)
+    np.testing.assert_array_equal(outputs(model, x), outputs(stock, x))
+    np.testing.assert_array_equal(outputs(tfgrow.strip(model), x), outputs(stock, x))
+
+
+SCALE = 2.0
+"""A global that lambdas use: their byte code alone would not find it."""
+
+
+class Tripled(tfgrow.layers.Dense):
+    def call(self, inputs, training=None):
+        return 3 * super().call(inputs, training=training)
+
+
+def test_subclasses_of_growable_layers_are_not_stripped():
+    model = keras.Sequential([keras.Input((4,)), Tripled(3), tfgrow.layers.Dense(2)])
+    plain, x = tfgrow.strip(model), inputs_of(model, 3)
+    np.testing.assert_array_equal(outputs(plain, x), outputs(model, x))
+    assert [type(layer) for layer in plain.layers] == [Tripled, layers.Dense]
+
+
 def test_dictionaries_of_inputs_and_outputs_keep_their_structure():
     inputs = {"a": keras.Input((3,), name="a"), "b": keras.Input((3,), name="b")}
     total = inputs["a"] + inputs["b"]
@@ -221,7 +359,17 @@ def test_nested_subclassed_model_is_refused():
         tfgrow.convert(stock)
 
 
+class Times(layers.Layer):
+    def __init__(self, factors, **kwargs):
+        super().__init__(**kwargs)
+        self.factors = factors
+
+    def call(self, inputs):
+        return inputs * self.factors
+
+
 def test_layer_without_a_config_is_named():
-    stock = keras.Sequential([keras.Input((3,)), layers.Lambda(lambda x: x * 2, name="twice")])
-    with pytest.raises(ValueError, match=r"'twice' \(Lambda\) can't be made anew from its config"):
+    twice = Times(np.full(3, 2.0, "float32"), name="twice")
+    stock = keras.Sequential([keras.Input((3,)), twice])
+    with pytest.raises(ValueError, match=r"'twice' \(Times\) can't be made anew from its config"):
         tfgrow.convert(stock)

@@ -74,6 +74,69 @@ def test_blocked_by_its_own_activation():
     assert "activation that mixes channels or is unknown" in blocked(model)
 
 
+@pytest.mark.parametrize(
+    "activation", [layers.ReLU(), layers.LeakyReLU(), layers.ELU(), layers.Activation("tanh")]
+)
+def test_layers_given_as_activations_are_part_of_the_path(activation):
+    model = tfgrow.convert(
+        keras.Sequential(
+            [keras.Input((4,)), layers.Dense(3, activation=activation, name="a"), layers.Dense(2)]
+        )
+    )
+    x = np.linspace(-1, 1, 12, dtype="float32").reshape(3, 4)
+    before = np.asarray(model(x))
+    tfgrow.widen(model, "a", 2)
+    np.testing.assert_allclose(model(x), before, atol=1e-6)
+
+
+@pytest.mark.parametrize("activation", [layers.PReLU(), layers.Softmax()])
+def test_other_layers_as_activations_block(activation):
+    model = tfgrow.convert(
+        keras.Sequential(
+            [keras.Input((4,)), layers.Dense(3, activation=activation, name="a"), layers.Dense(2)]
+        )
+    )
+    assert "call it after the layer" in sites_by_name(model)["a"].blocked
+
+
+def test_layers_without_weights_may_be_shared():
+    relu, inputs = layers.ReLU(name="relu"), keras.Input((4,))
+    x = relu(layers.Dense(3, name="a")(inputs))
+    x = relu(layers.Dense(3, name="b")(x))
+    model = tfgrow.convert(keras.Model(inputs, layers.Dense(2, name="out")(x)))
+    assert [s.name for s in tfgrow.find_sites(model) if s.blocked is None] == ["a", "b"]
+    x = np.linspace(-1, 1, 12, dtype="float32").reshape(3, 4)
+    before = np.asarray(model(x))
+    tfgrow.widen(model, "a", 2)
+    tfgrow.widen(model, "b", 1)
+    np.testing.assert_allclose(model(x), before, atol=1e-6)
+    assert model.get_layer("b").output.shape == (None, 4)
+
+
+def test_part_of_another_model_is_blocked():
+    model = tfgrow.convert(
+        keras.Sequential([keras.Input((4,)), layers.Dense(3, name="a"), layers.Dense(2)])
+    )
+    features = keras.Model(model.inputs, model.layers[0].output)
+    assert sites_by_name(model)["a"].blocked is None, "a view of it has no layers of its own"
+    inputs = keras.Input((4,))
+    outer = keras.Model(inputs, layers.Dense(1)(model(inputs)))
+    assert "part of another model" in sites_by_name(model)["a"].blocked
+    assert sites_by_name(tfgrow.convert(outer))["a"].blocked is None
+    with pytest.raises(ValueError, match="part of another model"):
+        tfgrow.widen(model, "a", 1)
+    assert features.output_shape == (None, 3)
+
+
+def test_layers_that_feed_another_model_are_blocked():
+    inputs = keras.Input((4,))
+    hidden = tfgrow.layers.Dense(3, name="a")(inputs)
+    model = keras.Model(inputs, tfgrow.layers.Dense(2, name="out")(hidden))
+    other = keras.Model(inputs, tfgrow.layers.Dense(5, name="elsewhere")(hidden))
+    assert "also reach layer 'elsewhere'" in sites_by_name(model)["a"].blocked
+    assert "also reach layer 'out'" in sites_by_name(other)["a"].blocked
+
+
 def test_declared_activations_pass():
     @tfgrow.layers.register_elementwise
     def twice(x):
@@ -100,10 +163,7 @@ def test_declared_activations_pass():
         (layers.BatchNormalization(axis=1, name="x"), "normalises axis 1"),
         (layers.Rescaling([1.0, 2.0, 3.0], name="x"), "rescales each channel"),
         (layers.Reshape((16, 3), name="x"), "Reshape"),
-        (
-            layers.DepthwiseConv2D(2, depth_multiplier=2, name="x"),
-            "bias and depth_multiplier=2",
-        ),
+        (layers.DepthwiseConv2D(2, activation="softmax", name="x"), "activation that mixes"),
         (layers.Conv2D(3, 1, groups=3, name="x"), "grouped convolution .groups=3."),
         (layers.Conv2D(2, 1, trainable=False, name="x"), "'x', which is frozen"),
     ],

@@ -84,15 +84,20 @@ def test_channelwise_layers_treat_channels_alone(case):
             continue
         x = np.random.default_rng(2).standard_normal((2, *shape[1:])).astype("float32")
         keep = np.arange(0, shape[-1], 2)
+        channels = ChannelMap.identity(shape[-1])
         variables = {
-            name: np.take(variable, keep, axis=layer.variable_axes[name].channel)
+            name: np.take(
+                variable,
+                view.variable_map(name, channels).index[keep].reshape(-1),
+                axis=layer.variable_axes[name].channel,
+            )
             for name, variable in (
                 layer.growable_variables().items() if hasattr(layer, "variable_axes") else ()
             )
         }
         whole = np.asarray(layer(x, training=False) if _trains(layer) else layer(x))
         some = np.asarray(view.apply_channels(tf.constant(x[..., keep]), variables))
-        where = view.channel_map(ChannelMap.identity(shape[-1]), shape).index[keep]
+        where = view.channel_map(channels, shape).index[keep]
         mine = view.channel_map(ChannelMap.identity(len(keep)), shape)
         assert mine.size == some.shape[-1]
         np.testing.assert_allclose(some[..., mine.index], whole[..., where], atol=1e-5)

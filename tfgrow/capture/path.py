@@ -45,10 +45,7 @@ class Path:
           full: where all of the site's channels lie on its last axis.
           units: `count` units.
         """
-        mine = self.maps[tensor]
-        flat = np.empty(mine.size, dtype=np.int64)
-        flat[mine.index] = full.index[np.asarray(units)]
-        return flat
+        return _positions(self.maps[tensor], full, units)
 
     def live_variables(self, units: Sequence[int]) -> PathVariables:
         """The present variables, in float32, of some of the site's units."""
@@ -56,7 +53,11 @@ class Path:
             {
                 name: take(
                     tf.cast(tf.convert_to_tensor(variable), tf.float32),
-                    self.positions(step.source, step.incoming, units),
+                    _positions(
+                        step.view.variable_map(name, self.maps[step.source]),
+                        step.view.variable_map(name, step.incoming),
+                        units,
+                    ),
                     step.layer.variable_axes[name].channel,
                 )
                 for name, variable in _variables(step).items()
@@ -114,6 +115,12 @@ class Path:
         if self.maps[tensor].blocks == 1:
             return flat
         return tf.reduce_sum(self.by_unit(tensor, flat), axis=-1)
+
+
+def _positions(mine: ChannelMap, full: ChannelMap, units: Sequence[int]) -> np.ndarray:
+    flat = np.empty(mine.size, dtype=np.int64)
+    flat[mine.index] = full.index[np.asarray(units)]
+    return flat
 
 
 def _sum_positions(values):

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import itertools
+import tempfile
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import keras
 
-from tfgrow._keras import compile_arguments
+from tfgrow._keras import compile_arguments, layers_within, optimizer_weights, trusting_configs
 from tfgrow.graph.nodes import functional_of, trace
 from tfgrow.layers import registry
-from tfgrow.layers.growable import Growable, from_stock, to_stock
+from tfgrow.layers.growable import from_stock, live_config, to_stock
 
 
 def convert(model: keras.Model) -> keras.Model:
@@ -67,8 +71,7 @@ def strip(model: keras.Model) -> keras.Model:
     """
 
     def stock(layer):
-        known = isinstance(layer, Growable) and layer.stock_class is not None
-        return to_stock(layer) if known else _copy(layer)
+        return to_stock(layer) if registry.is_ours(layer) else _copy(layer)
 
     return rebuild_with(model, stock)
 
@@ -111,18 +114,35 @@ class _Twins:
     def __init__(self, model: keras.Model, replace: Callable):
         self._replace = replace
         self._pairs: dict[int, tuple] = {}
-        counts = Counter(_layer_names(model))
+        self._operations: dict[int, Any] = {}
+        counts = Counter(_names(model))
         self._ambiguous = {name for name, count in counts.items() if count > 1}
+        self._taken = set(counts)
 
     def of(self, layer, prefix: str = ""):
         """The twin of a layer; inside a nested model, `prefix` tells apart what is named alike."""
         if id(layer) not in self._pairs:
             twin = _from_config(self._replace, layer)
             if prefix and layer.name in self._ambiguous:
-                name = f"{prefix}_{layer.name}"
-                twin = _from_config(_copy, twin, name=name)
+                twin = _from_config(_copy, twin, name=self._free_name(layer, prefix))
             self._pairs[id(layer)] = (layer, twin)
         return self._pairs[id(layer)][1]
+
+    def operation(self, operation, prefix: str):
+        """A Keras operation, or a copy by another name where its own would stand twice."""
+        if not prefix or operation.name not in self._ambiguous:
+            return operation
+        if id(operation) not in self._operations:
+            name = self._free_name(operation, prefix)
+            self._operations[id(operation)] = _from_config(_copy, operation, name=name)
+        return self._operations[id(operation)]
+
+    def _free_name(self, operation, prefix: str) -> str:
+        wanted = f"{prefix}_{operation.name}"
+        choices = itertools.chain([wanted], (f"{wanted}_{n}" for n in itertools.count(1)))
+        name = next(choice for choice in choices if choice not in self._taken)
+        self._taken.add(name)
+        return name
 
     def input(self, functional, tensor):
         """The output of the twin of the input layer that makes a model's input."""
@@ -135,20 +155,24 @@ class _Twins:
 
 
 def _copy(layer, **changes):
-    return layer.__class__.from_config({**layer.get_config(), **changes})
+    return layer.__class__.from_config({**live_config(layer), **changes})
 
 
 def _from_config(make: Callable, layer, **changes):
     """A layer made from another's config, in which the user's own functions may occur."""
     try:
-        with keras.saving.custom_object_scope(_own_objects(layer)):
-            return make(layer, **changes)
+        # What the config holds comes from a live layer, not from a file: its code may be trusted.
+        with keras.saving.custom_object_scope(_own_objects(layer)), trusting_configs():
+            twin = make(layer, **changes)
     except Exception as error:
         raise ValueError(
             f"Layer '{layer.name}' ({type(layer).__name__}) can't be made anew from its config: "
-            f"{error} Give it a get_config() and from_config() that describe it; a lambda has no "
-            "config, a named function has."
+            "give it a get_config() and from_config() that describe it. "
+            f"{type(error).__name__}: {str(error)[:500]}"
         ) from error
+    if isinstance(layer, keras.layers.Lambda):
+        twin.function = layer.function  # the config of a lambda is byte code without its globals
+    return twin
 
 
 def _own_objects(layer) -> dict:
@@ -173,17 +197,55 @@ def _same_class(model, *args, **kwargs):
     plain = keras.Sequential if len(args) == 1 else keras.Model
     if isinstance(model, keras.Sequential) and plain is keras.Model:
         kind = keras.Model  # its nested models are inlined
+    if not own:
+        try:
+            return kind(*args, **kwargs)
+        except TypeError:
+            return plain(*args, **kwargs)
+    as_plain = plain(*args, **kwargs)
     try:
-        return kind(*args, **kwargs)
+        copy = kind(*args, **kwargs, **_own_arguments(model, as_plain))
     except TypeError as error:
-        if own:
-            raise TypeError(
-                f"Model '{model.name}' is a {kind.__name__} with its own {', '.join(own)}, which "
-                "a copy must keep, but its __init__ doesn't take what keras.Model's does "
-                f"({error}). Let it accept (inputs, outputs, name)."
-            ) from error
-        return plain(*args, **kwargs)
+        raise TypeError(
+            f"Model '{model.name}' is a {kind.__name__} with its own {', '.join(own)}, which "
+            "a copy must keep, but its __init__ doesn't take what keras.Model's does and what its "
+            f"get_config() names ({error}). Let it accept (inputs, outputs, name)."
+        ) from error
+    _check_own_attributes(model, copy, as_plain)
+    return copy
 
+
+def _own_arguments(model, plain) -> dict:
+    """What a model's config holds beyond that of a plain model: arguments of its class's own."""
+    if type(model).get_config in (keras.Model.get_config, type(plain).get_config):
+        return {}
+    with contextlib.suppress(NotImplementedError):
+        config = model.get_config()
+        return {name: config[name] for name in set(config) - set(plain.get_config()) - _OF_MODELS}
+    return {}
+
+
+_OF_MODELS = {"layers", "input_layers", "output_layers", "build_input_shape", "trainable", "dtype"}
+
+
+def _check_own_attributes(model, copy, plain) -> None:
+    """Refuses a copy that trains by other settings than its model."""
+    lost = [
+        name
+        for name, value in vars(model).items()
+        if name not in vars(plain)
+        and isinstance(value, _SETTINGS)
+        and vars(copy).get(name, copy) != value
+    ]
+    if lost:
+        raise TypeError(
+            f"Model '{model.name}' is a {type(model).__name__} whose attributes {lost} a copy "
+            "would not have: they are arguments of its __init__ that its get_config() does not "
+            "name. Let get_config() return them."
+        )
+
+
+_SETTINGS = (bool, int, float, str, type(None))
 
 _TRAINING = ("train_step", "test_step", "predict_step", "compute_loss", "compile")
 
@@ -192,11 +254,12 @@ def _nested(model) -> list:
     return [layer for layer in model.layers if isinstance(layer, keras.Model)]
 
 
-def _layer_names(model) -> list[str]:
+def _names(model) -> list[str]:
+    """Names of all layers and operations of a model and of those nested in it, one per use."""
     names = []
-    for layer in model.layers:
-        inner = isinstance(layer, keras.Model)
-        names += _layer_names(layer) if inner else [layer.name]
+    for operation in functional_of(model).operations:
+        inner = isinstance(operation, keras.Model)
+        names += _names(operation) if inner else [operation.name]
     return names
 
 
@@ -213,11 +276,12 @@ def _call(model, twins: _Twins, inputs, prefix: str = ""):
                     f"Nested model '{operation.name}' is called with {len(args)} positional "
                     "arguments; expected one (a tensor, list or dict of tensors)."
                 )
-            result = _call(operation, twins, args[0], operation.name)
+            inner = "_".join(filter(None, (prefix, operation.name)))
+            result = _call(operation, twins, args[0], inner)
         elif isinstance(operation, keras.layers.Layer):
             result = twins.of(operation, prefix)(*args, **kwargs)
         else:
-            result = operation(*args, **kwargs)
+            result = twins.operation(operation, prefix)(*args, **kwargs)
         values.update(zip(node.outputs, keras.tree.flatten(result), strict=True))
     outputs = [values[tensor] for tensor in graph.outputs]
     return keras.tree.pack_sequence_as(functional_of(model).output, outputs)
@@ -232,6 +296,20 @@ def _copy_variables(old, new) -> None:
         )
     for source, target in zip(old.variables, new.variables, strict=True):
         target.assign(source)
+    for inner_old, inner_new in zip(layers_within(old), layers_within(new), strict=True):
+        _copy_own_state(inner_old, inner_new)
+
+
+def _copy_own_state(old, new) -> None:
+    """What a layer saves and loads in ways of its own: adapted statistics, vocabularies."""
+    if type(old).load_own_variables is not keras.Layer.load_own_variables:
+        store: dict = {}
+        old.save_own_variables(store)
+        new.load_own_variables(store)
+    if hasattr(old, "save_assets") and hasattr(new, "load_assets"):
+        with tempfile.TemporaryDirectory() as folder:
+            old.save_assets(folder)
+            new.load_assets(folder)
 
 
 def _compile_alike(model, copy) -> None:
@@ -259,10 +337,14 @@ def _copy_optimizer_state(model, copy, pairs) -> None:
     partner = {
         id(a): b for old, new in pairs for a, b in zip(old.variables, new.variables, strict=True)
     }
-    in_old_order = [partner[id(variable)] for variable in model.trainable_variables]
-    copy.optimizer.build(copy.trainable_variables)
+    # Not `model.trainable_variables`: a layer may have been frozen since the optimizer was built.
+    in_old_order = [partner[id(variable)] for variable in optimizer_weights(model.optimizer)]
+    in_new_order = [v for v in copy.trainable_variables if id(v) in set(map(id, in_old_order))]
+    if len(in_new_order) != len(in_old_order):
+        in_new_order = in_old_order
+    copy.optimizer.build(in_new_order)
     slots = copy.optimizer.variables
-    if [id(v) for v in in_old_order] != [id(v) for v in copy.trainable_variables]:
+    if [id(v) for v in in_old_order] != [id(v) for v in in_new_order]:
         # Inlining changed the order of the weights, by which optimizers keep their slots; an
         # optimizer built in the old order tells by the slots' names where each has gone.
         guide = type(copy.optimizer).from_config(copy.optimizer.get_config())

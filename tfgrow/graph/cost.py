@@ -28,9 +28,12 @@ class CostModel:
             layer = node.operation
             if id(layer) not in self._layers and isinstance(layer, Growable):
                 extra = {
-                    "fan_in": fan_in.get(id(layer), []),
-                    "fan_out": fan_out.get(id(layer), []),
-                    "channel": channel.get(id(layer), []),
+                    name: {
+                        "fan_in": fan_in.get(id(layer), []),
+                        "fan_out": fan_out.get(id(layer), []),
+                        "channel": channel.get((id(layer), name), []),
+                    }
+                    for name in layer.growable_variables()
                 }
                 shape = graph.tensors[node.outputs[0]].shape
                 self._layers[id(layer)] = [layer, extra, shape]
@@ -47,11 +50,7 @@ class CostModel:
     def _count(self, units) -> Cost:
         params = flops = 0
         for layer, extra, shape in self._layers.values():
-            grown = {
-                kind: sum(blocks * units.get(site, 0) for site, blocks in terms)
-                for kind, terms in extra.items()
-            }
-            sizes = {name: _size(layer, name, grown) for name in layer.growable_variables()}
+            sizes = {name: _size(layer, name, terms, units) for name, terms in extra.items()}
             params += sum(sizes.values())
             flops += sizes.get("kernel", 0) * _flops_per_weight(layer, shape)
         return Cost(params, flops)
@@ -63,17 +62,22 @@ def model_flops(graph: Graph) -> int:
 
 
 def _extras(sites: Sequence[Site]) -> tuple[dict, dict, dict]:
-    """Per layer id: which sites widen which of its axes, and by how many entries per unit."""
+    """By layer id, which sites widen which of its axes, and by how many entries per unit.
+
+    Channels that pass through a layer are told by the names of its variables too.
+    """
     fan_in: dict[int, list] = {}
     fan_out: dict[int, list] = {}
-    channel: dict[int, list] = {}
+    channel: dict[tuple[int, str], list] = {}
     for site in sites:
         if site.blocked:
             continue
         fan_out.setdefault(id(site.producer), []).append((site.name, 1))
         for step in site.steps:
-            terms = channel.setdefault(id(step.layer), [])
-            terms.append((site.name, step.incoming.blocks))
+            own = step.layer.growable_variables() if isinstance(step.layer, Growable) else ()
+            for name in own:
+                blocks = step.view.variable_map(name, step.incoming).blocks
+                channel.setdefault((id(step.layer), name), []).append((site.name, blocks))
         for leaf in site.leaves:
             for node in leaf.consumers:
                 terms = fan_in.setdefault(id(node.operation), [])
@@ -81,13 +85,13 @@ def _extras(sites: Sequence[Site]) -> tuple[dict, dict, dict]:
     return fan_in, fan_out, channel
 
 
-def _size(layer: Growable, name: str, grown: Mapping[str, int]) -> int:
+def _size(layer: Growable, name: str, terms: Mapping[str, list], units: Mapping[str, int]) -> int:
+    """Entries of a variable with `units` (site name -> number) added."""
     shape = list(getattr(layer, name).shape)
-    axes = layer.variable_axes[name]
-    for kind in ("fan_in", "fan_out", "channel"):
-        axis = getattr(axes, kind)
+    for kind, widened in terms.items():
+        axis = getattr(layer.variable_axes[name], kind)
         if axis is not None:
-            shape[axis] += grown[kind]
+            shape[axis] += sum(blocks * units.get(site, 0) for site, blocks in widened)
     return int(np.prod(shape, dtype=np.int64))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import keras
 
-from tfgrow._keras import takes_mask
+from tfgrow._keras import called_by_others, readers_of, takes_mask
 from tfgrow.graph.nodes import Graph, Node, trace
 from tfgrow.graph.versions import version_of
 from tfgrow.layers import registry
@@ -138,8 +138,10 @@ def _site(model, graph: Graph, node: Node) -> Site:
     leaves: tuple[Leaf, ...] = ()
     blocked = None
     try:
+        _check_whole(model)
         _check_producer(graph, node)
         steps, leaves = _walk(graph, node)
+        _check_used_here_only(model, graph, node, steps)
     except _Blocked as reason:
         blocked = str(reason)
     return Site(
@@ -160,6 +162,27 @@ def _units(layer) -> int:
         return layer.growth_units
     units = getattr(layer, "units", getattr(layer, "filters", None))
     return units if isinstance(units, int) else 0
+
+
+def _check_whole(model) -> None:
+    """Growing part of another model would leave that one's optimizer and functions behind."""
+    if called_by_others(model):
+        raise _Blocked(
+            f"model '{model.name}' is part of another model, which called it; grow that one: "
+            "tfgrow.convert(the whole model)"
+        )
+
+
+def _check_used_here_only(model, graph: Graph, node: Node, steps) -> None:
+    """The layers of a site must not feed layers of another model, which could not follow."""
+    own = {id(n.operation) for n in graph.nodes}
+    for layer in (node.operation, *(step.layer for step in steps)):
+        for reader in readers_of(layer):
+            if id(reader) not in own and getattr(reader, "weights", None):
+                raise _Blocked(
+                    f"the channels of '{node.name}' also reach layer '{reader.name}', which is "
+                    f"not part of model '{model.name}'; give that model layers of its own"
+                )
 
 
 def _check_producer(graph: Graph, node: Node) -> None:
@@ -259,7 +282,8 @@ def _step(graph: Graph, node: Node, tensor: int, channels: ChannelMap, producer)
             f"the channels of '{producer.name}' reach '{node.name}' ({type(layer).__name__}), "
             + _why_not_channelwise(layer)
         )
-    _check_called_once(graph, layer)
+    if layer.weights:  # what has none may be called as often as one likes
+        _check_called_once(graph, layer)
     reason = registry.blocked_reason(layer)
     if reason:
         raise _Blocked(f"on the path of '{producer.name}': {reason}")

@@ -1,6 +1,6 @@
 """Which activation functions treat every channel by itself, and which belong to the loss."""
 
-from keras import activations
+from keras import activations, layers
 
 _MIXING = ("softmax", "log_softmax", "sparsemax", "glu")
 _ELEMENTWISE_NAMES = (
@@ -31,5 +31,28 @@ def register_elementwise(function):
 
 
 def is_elementwise(activation) -> bool:
-    """Whether an activation (a function, an `Activation`-like layer's function or None) is."""
+    """Whether an activation (a function, a layer given as one, or None) is."""
+    if isinstance(activation, layers.Activation):
+        return is_elementwise(activation.activation)
+    if isinstance(activation, layers.Layer):
+        return type(activation) in _ELEMENTWISE_LAYERS
     return activation is None or activation in _elementwise
+
+
+_ELEMENTWISE_LAYERS = (layers.ReLU, layers.LeakyReLU, layers.ELU, layers.Identity)
+
+
+def unknown_activation(layer) -> str:
+    """Why a layer whose activation isn't known to be elementwise can't be part of a path."""
+    activation = layer.activation
+    if isinstance(activation, layers.Layer):
+        return (
+            f"layer '{layer.name}' has the layer '{activation.name}' ({type(activation).__name__}) "
+            "as its activation, which mixes channels, has weights or is unknown to tfgrow; call it "
+            "after the layer instead of passing it as activation="
+        )
+    return (
+        f"layer '{layer.name}' has an activation that mixes channels or is unknown to tfgrow "
+        f"({getattr(activation, '__name__', activation)}); if it is an elementwise function, "
+        "declare it with tfgrow.layers.register_elementwise"
+    )

@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from tfgrow.layers.activations import is_elementwise
+from tfgrow.layers.activations import is_elementwise, unknown_activation
 from tfgrow.layers.growable import Axes, GrowableChannelwise, channels_last_only
 from tfgrow.types import ChannelMap
 
@@ -19,13 +19,8 @@ class DepthwiseConv2D(GrowableChannelwise, keras.layers.DepthwiseConv2D):
     variable_axes = {"kernel": Axes(channel=-2), "bias": Axes(channel=-1)}
 
     def growth_blocked(self):
-        if self.use_bias and self.depth_multiplier != 1:
-            return (
-                f"layer '{self.name}' has a bias and depth_multiplier={self.depth_multiplier}; "
-                "use depth_multiplier=1 or use_bias=False"
-            )
         if not is_elementwise(self.activation):
-            return f"layer '{self.name}' has an activation that mixes channels or is unknown"
+            return unknown_activation(self)
         return channels_last_only(self)
 
     def channel_map(self, incoming, input_shape):
@@ -33,6 +28,9 @@ class DepthwiseConv2D(GrowableChannelwise, keras.layers.DepthwiseConv2D):
         m = self.depth_multiplier
         index = incoming.index[:, :, None] * m + range(m)
         return ChannelMap(index.reshape(incoming.units, -1), incoming.size * m)
+
+    def variable_map(self, name, incoming):
+        return self.channel_map(incoming, ()) if name == "bias" else incoming
 
     def apply_channels(self, inputs, variables):
         outputs = ops.depthwise_conv(

@@ -148,6 +148,11 @@ class Channelwise:
         del input_shape
         return incoming
 
+    def variable_map(self, name: str, incoming: ChannelMap) -> ChannelMap:
+        """Where the channels lie on the channel axis of a variable, as on the input by default."""
+        del name
+        return incoming
+
     def apply_channels(self, inputs, variables: Mapping[str, Any]):
         """The layer in inference mode on any number of channels, whose variables are given."""
         raise NotImplementedError
@@ -174,12 +179,23 @@ class GrowableChannelwise(Growable, Channelwise):
 
 def from_stock(growable_class: Any, layer: keras.Layer) -> keras.Layer:
     """An unbuilt growable layer with the configuration of a stock one."""
-    return growable_class.from_config(layer.get_config())
+    return growable_class.from_config(live_config(layer))
 
 
 def to_stock(layer: keras.Layer) -> keras.Layer:
     """An unbuilt stock layer with the configuration of a growable one."""
-    return layer.stock_class.from_config(layer.get_config())
+    return layer.stock_class.from_config(live_config(layer))
+
+
+def live_config(layer) -> dict[str, Any]:
+    """A layer's config for use within the process: activations that are lambdas as they are.
+
+    Written out, a lambda is byte code that Keras doesn't take back as an activation.
+    """
+    config = layer.get_config()
+    if getattr(getattr(layer, "activation", None), "__name__", "") == "<lambda>":
+        config["activation"] = layer.activation
+    return config
 
 
 def channels_last_only(layer) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import keras
 
-from tfgrow.layers.activations import is_elementwise
+from tfgrow.layers.activations import is_elementwise, unknown_activation
 from tfgrow.layers.batch_normalization import BatchNormalization
 from tfgrow.layers.conv import Conv1D, Conv2D, Conv3D
 from tfgrow.layers.dense import Dense
@@ -21,6 +21,11 @@ _BY_STOCK = {growable.stock_class: growable for growable in GROWABLE_CLASSES}
 def growable_class(layer: keras.Layer) -> type[Growable] | None:
     """The growable class a stock layer is converted to; None if there is none."""
     return _BY_STOCK.get(type(layer))
+
+
+def is_ours(layer: keras.Layer) -> bool:
+    """Whether a layer is exactly the growable twin of a stock one, not a user's subclass of it."""
+    return vars(type(layer)).get("stock_class") is not None
 
 
 def channelwise_view(layer) -> Channelwise | None:
@@ -41,11 +46,7 @@ def producer_blocked(layer: Mixing) -> str | None:
     """Why a mixing layer can't be a producer (its own activation must be elementwise too)."""
     reason = layer.growth_blocked()
     if reason is None and not is_elementwise(getattr(layer, "activation", None)):
-        name = getattr(layer.activation, "__name__", layer.activation)
-        return (
-            f"layer '{layer.name}' has an activation that mixes channels or is unknown to tfgrow "
-            f"({name}); if it is elementwise, declare it with tfgrow.layers.register_elementwise"
-        )
+        return unknown_activation(layer)
     return reason
 
 

@@ -11,7 +11,7 @@ import keras
 import numpy as np
 from keras import layers
 
-from tfgrow.layers.activations import is_elementwise
+from tfgrow.layers.activations import is_elementwise, unknown_activation
 from tfgrow.layers.growable import Channelwise, channels_last_only
 from tfgrow.types import ChannelMap
 
@@ -22,13 +22,7 @@ def _always(layer) -> str | None:
 
 
 def _elementwise(layer) -> str | None:
-    if is_elementwise(layer.activation):
-        return None
-    return (
-        f"layer '{layer.name}' applies an activation that mixes channels or is unknown to tfgrow "
-        f"({getattr(layer.activation, '__name__', layer.activation)}); if it is elementwise, "
-        "declare it with tfgrow.layers.register_elementwise"
-    )
+    return None if is_elementwise(layer.activation) else unknown_activation(layer)
 
 
 def _one_scale(layer) -> str | None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import keras
 
+from tfgrow._checks import require_whole
 from tfgrow.graph.cost import CostModel
 from tfgrow.graph.nodes import trace
 from tfgrow.graph.sites import Site, sites_of
@@ -21,7 +22,7 @@ def get(identifier: str | Morphism) -> Morphism:
     """A morphism by name, or the one given."""
     if isinstance(identifier, Morphism):
         return identifier
-    if identifier not in MORPHISMS:
+    if not isinstance(identifier, str) or identifier not in MORPHISMS:
         raise ValueError(
             f"Unknown morphism {identifier!r}; expected one of {sorted(MORPHISMS)} or a Morphism."
         )
@@ -35,8 +36,8 @@ def register_morphism(morphism: Morphism) -> None:
 
 def candidates(
     model: keras.Model,
-    morphisms: Sequence[str | Morphism] = ("split", "add"),
-    sites: Iterable[Site | str] | None = None,
+    morphisms: Sequence[str | Morphism] | str | Morphism = ("split", "add"),
+    sites: Iterable[Site | str] | Site | str | None = None,
     new_units: int = 4,
     seed: int = 0,
 ) -> list[Candidate]:
@@ -45,7 +46,7 @@ def candidates(
     Args:
       model: a growable model.
       morphisms: kinds of edits, by name.
-      sites: sites or their names; all that can grow by default.
+      sites: sites or their names, or one; all that can grow by default.
       new_units: for `"add"`, single new units per site.
       seed: of the random initial directions.
 
@@ -63,8 +64,11 @@ def candidates(
     >>> len(tfgrow.candidates(model, morphisms=("split", "add"), new_units=2))
     5
     """
-    if isinstance(morphisms, str):
+    if isinstance(morphisms, (str, Morphism)):
         morphisms = (morphisms,)
+    if not isinstance(morphisms, Iterable):
+        raise TypeError(f"morphisms are names or Morphisms, found {morphisms!r}.")
+    require_whole("new_units", new_units, optional=False)
     kinds = [get(morphism) for morphism in morphisms]
     if not kinds:
         raise ValueError(f"No morphisms given; expected some of {sorted(MORPHISMS)}.")
@@ -85,7 +89,7 @@ def _chosen(model, every: Sequence[Site], wanted) -> list[Site]:
         return [site for site in every if site.blocked is None]
     by_name = {site.name: site for site in every}
     chosen = []
-    for item in wanted:
+    for item in [wanted] if isinstance(wanted, (str, Site)) else wanted:
         name = item.name if isinstance(item, Site) else item
         if name not in by_name:
             raise ValueError(
@@ -95,7 +99,8 @@ def _chosen(model, every: Sequence[Site], wanted) -> list[Site]:
             check_current(model, item)
         if by_name[name].blocked:
             raise ValueError(f"Site '{name}' can't grow: {by_name[name].blocked}.")
-        chosen.append(by_name[name])
+        if by_name[name] not in chosen:
+            chosen.append(by_name[name])
     return chosen
 
 

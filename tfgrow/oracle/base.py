@@ -26,12 +26,13 @@ import numpy as np
 import tensorflow as tf
 from keras_tuner.engine.trial import Trial, TrialStatus
 
+from tfgrow._checks import require_whole
 from tfgrow._files import write_json
 from tfgrow.graph.cost import model_flops
 from tfgrow.graph.nodes import trace
 from tfgrow.graph.sites import find_sites
 from tfgrow.oracle.data import GrowthData, split_data
-from tfgrow.oracle.selection import Limits, matching_names, require_whole
+from tfgrow.oracle.selection import Limits, matching_names
 from tfgrow.oracle.undo import restored_on_error
 from tfgrow.types import Cost, GrowthEvent, Plan
 

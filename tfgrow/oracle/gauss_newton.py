@@ -8,6 +8,7 @@ from typing import Any
 
 import keras
 
+from tfgrow._checks import require_whole
 from tfgrow.capture.batches import batches_of
 from tfgrow.estimator import SETTLE, GaussNewtonEstimator
 from tfgrow.graph.cost import CostModel, model_flops
@@ -18,7 +19,7 @@ from tfgrow.morphisms.registry import candidates as make_candidates
 from tfgrow.morphisms.registry import get
 from tfgrow.oracle.base import GrowthOracle
 from tfgrow.oracle.data import GrowthData, split_data
-from tfgrow.oracle.selection import Group, Limits, require_whole, select
+from tfgrow.oracle.selection import Group, Limits, select
 from tfgrow.types import Cost, Plan
 
 

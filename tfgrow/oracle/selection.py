@@ -18,6 +18,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 
 import numpy as np
 
+from tfgrow._checks import require_whole
 from tfgrow.types import Cost, Interaction
 
 
@@ -356,13 +357,6 @@ def _indices_by_site(groups: Sequence[Group]) -> dict[str, list[int]]:
     for i, group in enumerate(groups):
         by_site.setdefault(group.site, []).append(i)
     return by_site
-
-
-def require_whole(name: str, value: object, least: int = 1) -> None:
-    """Raises ValueError unless `value` is None or a whole number of at least `least`."""
-    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    if value is not None and not (whole and value >= least):  # type: ignore[operator]
-        raise ValueError(f"{name} must be None or a whole number >= {least}. Found: {value!r}")
 
 
 def _check(interaction, groups, widths, limits) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import keras
 import numpy as np
 
+from tfgrow._keras import optimizer_weights
 from tfgrow.surgery import rebuild
 from tfgrow.types import NEWBORN, AxisSource
 
@@ -123,9 +124,7 @@ def grow_optimizer(model: keras.Model, replaced: Iterable[rebuild.Replacement]) 
     """
     replaced = list(replaced)
     for optimizer in _built_optimizers(model):
-        positions = {
-            id(weight): index for index, weight in enumerate(rebuild.optimizer_weights(optimizer))
-        }
+        positions = {id(weight): index for index, weight in enumerate(optimizer_weights(optimizer))}
         for kind, slots in _slot_lists(optimizer):
             for replacement in replaced:
                 index = positions.get(id(replacement.variable))
@@ -200,7 +199,7 @@ def _slot_lists(
         for name, kind in known.items()
         if (slots := getattr(optimizer, name, None))
     ]
-    weights = rebuild.optimizer_weights(optimizer)
+    weights = optimizer_weights(optimizer)
     if any(len(slots) != len(weights) for _, slots in lists):
         raise ValueError(
             f"Optimizer '{optimizer.name}' ({type(optimizer).__name__}) has slot lists of lengths "

@@ -161,11 +161,6 @@ def rekey_optimizer(optimizer: keras.optimizers.Optimizer) -> None:
         }
 
 
-def optimizer_weights(optimizer: keras.optimizers.Optimizer) -> list[keras.Variable]:
-    """The weights that a built optimizer was built on; its slot lists follow this order."""
-    return list(optimizer._trainable_variables)
-
-
 def inner_models(model: keras.Model) -> list[keras.Model]:
     """The model and all models in it, at any depth."""
     return [layer for layer in model._flatten_layers() if isinstance(layer, keras.Model)]

@@ -80,7 +80,7 @@ class _LayerWork:
         self.layer = layer
         self.attributes: dict[str, Any] = {}
         self.values = {
-            name: np.asarray(variable, dtype="float32")
+            name: _precise(np.asarray(variable))
             for name, variable in layer.growable_variables().items()
         }
         self.sources: dict[str, list[AxisSource]] = {name: [] for name in self.values}
@@ -114,14 +114,16 @@ class _LayerWork:
             if axis is None:
                 continue
             old = np.moveaxis(self.values[name], axis, 0)
-            grown = channel_maps(edit.site, len(units))[step.source]
-            new = np.empty((grown.size, *old.shape[1:]), dtype="float32")
+            arriving = channel_maps(edit.site, len(units))[step.source]
+            grown = step.view.variable_map(name, arriving)
+            before = step.view.variable_map(name, step.incoming)
+            new = np.empty((grown.size, *old.shape[1:]), dtype=old.dtype)
             source = np.empty(grown.size, dtype=np.int64)
             scale = np.empty(grown.size)
             for row, unit in enumerate(units):
                 where = grown.index[row]
                 parent = unit if isinstance(unit, int) else unit.source
-                known = step.incoming.index[parent] if parent != NEWBORN else NEWBORN
+                known = before.index[parent] if parent != NEWBORN else NEWBORN
                 source[where] = known
                 scale[where] = 1.0 if isinstance(unit, int) else unit.gradient_scale
                 if isinstance(unit, int):
@@ -138,7 +140,7 @@ class _LayerWork:
                 continue
             old = np.moveaxis(self.values[name], axis, 0)
             grown = channel_maps(edit.site, len(units))[leaf.tensor]
-            new = np.zeros((grown.size, *old.shape[1:]), dtype="float32")
+            new = np.zeros((grown.size, *old.shape[1:]), dtype=old.dtype)
             source = np.full(grown.size, NEWBORN, dtype=np.int64)
             share = np.ones(grown.size)
             for row, unit in enumerate(units):
@@ -171,10 +173,15 @@ class _LayerWork:
 
     def _put(self, name, axis, new, source, value_scale, gradient_scale, newborn_zero=False):
         ndim = self.values[name].ndim
-        self.values[name] = np.ascontiguousarray(np.moveaxis(new, 0, axis)).astype("float32")
+        self.values[name] = np.ascontiguousarray(np.moveaxis(new, 0, axis))
         self.sources[name].append(
             AxisSource(axis % ndim, source, value_scale, gradient_scale, newborn_zero)
         )
+
+
+def _precise(values: np.ndarray) -> np.ndarray:
+    """The values in float32, or as they are if they are more precise."""
+    return values.astype(np.promote_types(values.dtype, np.float32))
 
 
 def _source(units) -> np.ndarray:
@@ -195,7 +202,7 @@ def inherited(change: VariableChange, old: np.ndarray) -> np.ndarray:
     The function those weights computed is unchanged: children take their parent's values without
     theta, and newborn units have no say.
     """
-    value = np.asarray(old, dtype="float32")
+    value = _precise(np.asarray(old))
     for source in change.sources:
         known = source.source != NEWBORN
         shape = [-1 if axis == source.axis else 1 for axis in range(value.ndim)]
