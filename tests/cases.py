@@ -16,6 +16,7 @@ from keras import layers
 import tfgrow
 from tfgrow.capture.capture import observe
 from tfgrow.graph.nodes import Graph, trace
+from tfgrow.morphisms.base import perturb_all
 from tfgrow.morphisms.registry import group_candidates
 
 
@@ -123,7 +124,7 @@ def prepare(case: Case, seed: int = 1) -> Prepared:
     rng = np.random.default_rng(seed)
     groups, positions = group_candidates(model, candidates)
     for group, where in zip(groups, positions, strict=True):
-        moments = group.morphism.perturb(captured, group, group.theta, fresh=True).moments
+        moments = perturb_all(captured, [group], [group.theta], fresh=True)[0].moments
         for row, position in enumerate(where):
             old = candidates[position]
             measured = {name: value.numpy()[row] for name, value in moments.items()}

@@ -16,7 +16,7 @@ from tfgrow.curvature.columns import weigh_columns, weigh_values
 from tfgrow.curvature.loss_head import LossHead
 from tfgrow.curvature.normal import add_sums, scale_sums
 from tfgrow.graph.nodes import Graph
-from tfgrow.morphisms.base import Group
+from tfgrow.morphisms.base import Group, perturb_all
 
 FORGET = 0.9
 """How much of the earlier batches' normal equations each learning step keeps."""
@@ -71,11 +71,10 @@ class Passes:
     def scalars(self, batch, seed, groups: Sequence[Group], thetas: Sequence[Arrays]) -> Any:
         """Sums over a batch of `(loss, linear [C], gram [C, C], samples)` for all candidates."""
         captured = self.capture(batch, seed, _taps(groups))
+        perturbed = perturb_all(captured, groups, thetas, fresh=False)
         parts = [
-            group.morphism.scalars(
-                captured, group, theta, group.morphism.perturb(captured, group, theta, fresh=False)
-            )
-            for group, theta in zip(groups, thetas, strict=True)
+            group.morphism.scalars(captured, group, theta, effect)
+            for group, theta, effect in zip(groups, thetas, perturbed, strict=True)
         ]
         together = tf.concat(parts, axis=2)  # [1 + K, N, C]
         linear = together[0]
@@ -89,9 +88,9 @@ class Passes:
         x, y, weight = batch
         captured = observe(self._graph, x)
         tangents: dict = {}
-        for group, theta in zip(groups, thetas, strict=True):
-            perturbed = group.morphism.perturb(captured, group, theta, fresh=False)
-            for tap, value in group.morphism.tangents(group, theta, perturbed).items():
+        perturbed = perturb_all(captured, groups, thetas, fresh=False)
+        for group, theta, effect in zip(groups, thetas, perturbed, strict=True):
+            for tap, value in group.morphism.tangents(group, theta, effect).items():
                 tangents[tap] = tangents[tap] + value if tap in tangents else value
         logits, pushed = push_forward(self._graph, self._head, x, tangents)
         slope = self._loss.gradient(y, logits) * pushed
@@ -121,10 +120,7 @@ class Passes:
             vector = adam[0]
             tape.watch(vector)
             thetas = parameters.unpack(vector)
-            perturbed = [
-                group.morphism.perturb(captured, group, theta, fresh=True)
-                for group, theta in zip(groups, thetas, strict=True)
-            ]
+            perturbed = perturb_all(captured, groups, thetas, fresh=True)
         new, kept = _equations(captured, groups, perturbed, sums)
 
         def improve():

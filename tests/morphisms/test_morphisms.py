@@ -13,6 +13,7 @@ from tfgrow.curvature.normal import quadratic
 from tfgrow.graph.convert import copy_model
 from tfgrow.graph.nodes import trace
 from tfgrow.graph.sites import find_sites
+from tfgrow.morphisms.base import perturb_all
 from tfgrow.morphisms.registry import MORPHISMS, get, group_candidates
 from tfgrow.passes import Passes
 from tfgrow.surgery.apply import apply_edits
@@ -50,7 +51,7 @@ def predicted(model, x, candidates):
     site = candidates[0].site
     total = [0.0 for _ in consumer_taps(site)]
     for group in groups:
-        perturbed = group.morphism.perturb(captured, group, group.theta, fresh=False)
+        perturbed = perturb_all(captured, [group], [group.theta], fresh=False)[0]
         tangents = group.morphism.tangents(group, group.theta, perturbed)
         reads = [(leaf, node) for leaf in site.leaves for node in leaf.consumers]
         for index, (leaf, node) in enumerate(reads):
@@ -126,7 +127,7 @@ def test_scalars_are_tangents_contracted_with_gradient_and_columns(net):
     for candidate in (net.candidates[0], net.candidates[1], net.candidates[-1]):
         (group,), _ = group_candidates(net.model, [candidate])
         captured = capture_of(net, group.morphism.taps(group.site))
-        perturbed = group.morphism.perturb(captured, group, group.theta, fresh=False)
+        perturbed = perturb_all(captured, [group], [group.theta], fresh=False)[0]
         scalars = group.morphism.scalars(captured, group, group.theta, perturbed)
         expected = 0.0
         for tap, tangent in group.morphism.tangents(group, group.theta, perturbed).items():
@@ -143,7 +144,7 @@ def test_normal_equations_are_the_quadratic_of_the_scalars(net):
     groups, _ = group_candidates(net.model, net.candidates)
     for group in (group for group in groups if group.morphism.solved):
         captured = capture_of(net, group.morphism.taps(group.site))
-        perturbed = group.morphism.perturb(captured, group, group.theta, fresh=False)
+        perturbed = perturb_all(captured, [group], [group.theta], fresh=False)[0]
         scalars = group.morphism.scalars(captured, group, group.theta, perturbed).numpy()
         expected = scalars[0].sum(axis=0) + 0.5 * (scalars[1:] ** 2).sum(axis=(0, 1))
         sums = group.morphism.equations(captured, group, perturbed)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import numpy as np
 import tensorflow as tf
 
-from tfgrow.capture.capture import consumer_taps, producer_input
+from tfgrow.capture.capture import consumer_taps
 from tfgrow.capture.path import take
 from tfgrow.curvature.normal import dense_sums, kronecker_sums, solve_sums, zero_sums
 from tfgrow.morphisms.base import Candidate, Morphism, Perturbed
@@ -26,12 +26,7 @@ from tfgrow.morphisms.path_state import (
     stacked_path_variables,
     state_moments,
 )
-from tfgrow.morphisms.weights import (
-    as_layer_weights,
-    consumer_kernel,
-    fan_in_weights,
-    unit_scale,
-)
+from tfgrow.morphisms.weights import consumer_kernel, fan_in_weights, unit_scale
 from tfgrow.types import NEWBORN, Cost, NewUnit, WidthEdit
 
 DENSE_LIMIT = 600
@@ -69,11 +64,9 @@ class Add(Morphism):
         size = np.full(len(units), np.sqrt(np.mean(unit_scale(site) ** 2)), dtype="float32")
         return {"kernel": size, "bias": size}
 
-    def perturb(self, capture, group, theta, fresh):
-        site, path = group.site, group.path
-        own = {name: theta[name] for name in site.producer.growable_variables()}
-        weights = as_layer_weights(site.producer, own)
-        response = site.producer.linear(producer_input(capture, site), **weights)
+    def perturb(self, capture, group, theta, response, fresh):
+        del capture
+        path = group.path
         templates = group.static["template"].tolist()
         if fresh:
             observer = Observer(path, ("new",))

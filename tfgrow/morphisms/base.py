@@ -14,11 +14,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
+import tensorflow as tf
 
-from tfgrow.capture.capture import Capture
+from tfgrow.capture.capture import Capture, producer_input
 from tfgrow.capture.execute import Tap
 from tfgrow.capture.path import Path
 from tfgrow.graph.sites import Site
+from tfgrow.morphisms.weights import as_layer_weights
 from tfgrow.types import Cost, WidthEdit
 
 Theta = Mapping[str, Any]
@@ -81,6 +83,43 @@ class Group:
         self.theta = {k: v for k, v in stacked.items() if v.dtype.kind == "f"}
 
 
+def perturb_all(
+    capture: Capture, groups: Sequence[Group], thetas: Sequence[Theta], fresh: bool
+) -> list[Perturbed]:
+    """What all groups do on a batch; see `Morphism.perturb`."""
+    return [
+        group.morphism.perturb(capture, group, theta, response, fresh)
+        for group, theta, response in zip(
+            groups, thetas, _responses(capture, groups, thetas), strict=True
+        )
+    ]
+
+
+def _responses(capture: Capture, groups: Sequence[Group], thetas: Sequence[Theta]) -> list:
+    """Per group, its producer's response to theta; one call per site serves all its groups.
+
+    Most of a call on few units is spent on taking the input apart.
+    """
+    by_site: dict[str, list[int]] = {}
+    for number, group in enumerate(groups):
+        if group.morphism.reads_producer:
+            by_site.setdefault(group.site.name, []).append(number)
+    responses: list = [None] * len(groups)
+    for members in by_site.values():
+        site = groups[members[0]].site
+        weights = {
+            name: tf.concat([thetas[number][name] for number in members], axis=0)
+            for name in site.producer.growable_variables()
+        }
+        together = site.producer.linear(
+            producer_input(capture, site), **as_layer_weights(site.producer, weights)
+        )
+        parts = tf.split(together, [len(groups[number].units) for number in members], axis=-1)
+        for number, part in zip(members, parts, strict=True):
+            responses[number] = part
+    return responses
+
+
 def _stack(dicts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
     common = set(dicts[0]).intersection(*dicts[1:])
     return {name: np.stack([np.asarray(d[name]) for d in dicts]) for name in sorted(common)}
@@ -106,6 +145,8 @@ class Morphism:
       name: by which users and journals know it.
       learned: the names of theta that are improved by gradient.
       solved: the names of theta that have a closed form, given the learned ones.
+      reads_producer: whether theta holds incoming weights, under the names of the producer's own
+        variables, to which `perturb` is given the response.
       edits_unit: whether a candidate edits the old unit it names, so that two such candidates
         exclude each other; else it brings something new.
     """
@@ -113,6 +154,7 @@ class Morphism:
     name: ClassVar[str]
     learned: ClassVar[tuple[str, ...]]
     solved: ClassVar[tuple[str, ...]] = ()
+    reads_producer: ClassVar[bool] = True
     edits_unit: ClassVar[bool] = True
 
     def candidates(self, site: Site, *, new_units: int, seed: int) -> list[Candidate]:
@@ -127,13 +169,17 @@ class Morphism:
         """Natural size of the entries of each learned parameter, `[n]`: the unit of a step."""
         raise NotImplementedError
 
-    def perturb(self, capture: Capture, group: Group, theta: Theta, fresh: bool) -> Perturbed:
+    def perturb(
+        self, capture: Capture, group: Group, theta: Theta, response: Any, fresh: bool
+    ) -> Perturbed:
         """What the group's candidates change, or newly bring, at the ends of the site's path.
 
         Args:
           capture: the batch.
           group: the candidates.
           theta: stacked parameters and measured state.
+          response: the producer's response `[N, ..., n]` to theta's incoming weights; None if the
+            morphism `reads_producer` not.
           fresh: whether statistics are taken from the batch (while learning) instead of `theta`.
         """
         raise NotImplementedError

@@ -14,12 +14,12 @@ from __future__ import annotations
 import numpy as np
 import tensorflow as tf
 
-from tfgrow.capture.capture import leaf_taps, producer_input, producer_response
+from tfgrow.capture.capture import leaf_taps, producer_response
 from tfgrow.capture.execute import tensor_tap
 from tfgrow.capture.path import take
 from tfgrow.morphisms.base import Candidate, Morphism, Perturbed
 from tfgrow.morphisms.path_state import Observer, child_path
-from tfgrow.morphisms.weights import as_layer_weights, fan_in_weights, unit_scale
+from tfgrow.morphisms.weights import fan_in_weights, unit_scale
 from tfgrow.types import Cost, NewUnit, WidthEdit
 
 START = 0.5
@@ -58,17 +58,12 @@ class Split(Morphism):
         size = unit_scale(site)[units]
         return {"kernel": size, "bias": size}
 
-    def perturb(self, capture, group, theta, fresh):
-        del fresh  # children compute with their parent's statistics
-        site, path = group.site, group.path
-        own = {name: theta[name] for name in site.producer.growable_variables()}
-        step = site.producer.linear(
-            producer_input(capture, site), **as_layer_weights(site.producer, own)
-        )
-        response = take(producer_response(capture, site), group.units)
+    def perturb(self, capture, group, theta, response, fresh):
+        del theta, fresh  # children compute with their parent's statistics
+        path, now = group.path, take(producer_response(capture, group.site), group.units)
         # All three go through the path as one batch: a third of the operations to trace.
         observer = Observer(path, WHO)
-        together = tf.concat([response + step, response - step, response], axis=0)
+        together = tf.concat([now + response, now - response, now], axis=0)
         arriving = path.run(together, path.live_variables(group.units), observer)
         values = {}
         for leaf, value in arriving.items():
