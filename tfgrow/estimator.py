@@ -8,8 +8,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from tfgrow._checks import require_whole
 from tfgrow.capture.batches import batches_of, check_finite, forever
 from tfgrow.capture.capture import find_head
+from tfgrow.capture.checks import check_batch, check_loss
 from tfgrow.capture.execute import float32_compute
 from tfgrow.curvature.loss_head import make_loss_head, resolve_curvature
 from tfgrow.curvature.normal import add_sums, cross_damping
@@ -69,7 +71,9 @@ class GaussNewtonEstimator:
         graph = trace(model)
         head = find_head(graph)
         logits_shape = graph.tensors[graph.outputs[0]].shape
+        self._graph = graph
         self._loss = make_loss_head(loss, head.activation)
+        self._labels = self._loss.labels(logits_shape)
         self.curvature = resolve_curvature(curvature, self._loss, logits_shape)
         self._draws = draws
         self._version = version_of(model)
@@ -105,6 +109,8 @@ class GaussNewtonEstimator:
         Raises:
           ValueError: if the dataset is empty or doesn't fit, or the loss on it isn't finite.
         """
+        require_whole("steps", steps, least=0, optional=False)
+        require_whole("settle", settle, least=0, optional=False)
         groups, positions = self._group(candidates)
         stream = forever(dataset, seed=self.seed)
         parameters = Parameters(groups)
@@ -121,7 +127,7 @@ class GaussNewtonEstimator:
                 lambda b, s, a, k, r: self._passes.learn(b, s, groups, parameters, a, k, r), inputs
             )
             adam, sums, kept, moments, objective = step(*inputs)
-            self._check_objective(objective)
+            check_loss(objective)
             if number >= steps:
                 settled.add(sums, moments)
             if progress is not None:
@@ -176,21 +182,35 @@ class GaussNewtonEstimator:
             function = function or self._trace(pass_over, inputs)
             part = [np.asarray(value, dtype=np.float64) for value in function(*inputs)]
             total = [a + b for a, b in zip(total, part, strict=True)] if total else part
-        self._check_objective(total[0])
+        check_loss(total[0])
         return total
 
     def _trace(self, function, inputs):
-        """One trace that serves batches of any size."""
-
-        def spec(tensor, free):
-            shape = [None, *tensor.shape[1:]] if free else tensor.shape
-            return tf.TensorSpec(shape, tensor.dtype)
-
+        """One trace that serves batches of any size, and images of any size if the model does."""
         batch, *rest = inputs
-        specs = [tf.nest.map_structure(lambda t: spec(t, True), batch)]
-        specs += [tf.nest.map_structure(lambda t: spec(t, False), part) for part in rest]
+        specs = [self._batch_spec(batch)]
+        specs += [tf.nest.map_structure(tf.TensorSpec.from_tensor, part) for part in rest]
         with float32_compute(self.model):
             return tf.function(function, autograph=False).get_concrete_function(*specs)
+
+    def _batch_spec(self, batch):
+        """Batches of any size; where the model leaves sizes free, of any size there too."""
+        free = any(None in self._graph.tensors[tensor].shape[1:] for tensor in self._graph.inputs)
+        outputs = len(self._graph.tensors[self._graph.outputs[0]].shape)
+
+        def spec(tensor, channels):
+            shape = [None, *tensor.shape[1:]]
+            if free:
+                kept = tensor.shape.rank - 1 if channels else tensor.shape.rank
+                shape = [None] * kept + shape[kept:]
+            return tf.TensorSpec(shape, tensor.dtype)
+
+        x, y, weight = batch
+        return (
+            tf.nest.map_structure(lambda value: spec(value, channels=value.shape.rank > 1), x),
+            tf.nest.map_structure(lambda value: spec(value, value.shape.rank == outputs), y),
+            spec(weight, channels=False),
+        )
 
     def _batch_seed(self):
         self._steps += 1
@@ -205,34 +225,7 @@ class GaussNewtonEstimator:
         return group_candidates(self.model, candidates)
 
     def _checked(self, batch):
-        x, _, _ = batch
-        flat, expected = tf.nest.flatten(x), self.model.inputs
-        if len(flat) != len(expected):
-            raise ValueError(
-                f"The dataset gives {len(flat)} inputs, model '{self.model.name}' takes "
-                f"{len(expected)}."
-            )
-        for value, reference in zip(flat, expected, strict=True):
-            known = [size for size in reference.shape[1:] if size is not None]
-            fits = [
-                size in (None, found)
-                for size, found in zip(reference.shape[1:], value.shape[1:], strict=False)
-            ]
-            short = value.shape.rank == 1 and known == [1]
-            if not short and (value.shape.rank != len(reference.shape) or not all(fits)):
-                raise ValueError(
-                    f"The dataset's samples have shape {tuple(value.shape[1:])}, but input "
-                    f"'{reference.name}' of model '{self.model.name}' expects "
-                    f"{tuple(reference.shape[1:])}."
-                )
-        return batch
-
-    def _check_objective(self, value) -> None:
-        if not np.isfinite(np.asarray(value)).all():
-            raise ValueError(
-                f"The loss on the estimation data is not finite ({np.asarray(value)}). Check the "
-                "data for NaN, or lower the learning rate of the training before growing."
-            )
+        return check_batch(self.model, self._graph, batch, self._labels)
 
 
 def compiled_loss(model: keras.Model):

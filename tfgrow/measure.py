@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import keras
 import tensorflow as tf
 
 from tfgrow.capture.batches import batches_of, check_finite
+from tfgrow.capture.capture import find_head
+from tfgrow.capture.checks import check_batch, check_loss
+from tfgrow.capture.execute import float32_compute
 from tfgrow.curvature.loss_head import make_loss_head
 from tfgrow.estimator import compiled_loss
 from tfgrow.graph.convert import copy_model
+from tfgrow.graph.nodes import trace
 from tfgrow.graph.sites import find_sites
 from tfgrow.growth import checked
 from tfgrow.morphisms.base import Candidate
@@ -27,17 +32,25 @@ def real_loss(model: keras.Model, dataset, loss=None) -> float:
       loss: the compiled one by default. Weight penalties are not part of it.
     """
     check_finite(dataset)
-    head = make_loss_head(compiled_loss(model) if loss is None else loss)
+    graph = trace(model)
+    loss = compiled_loss(model) if loss is None else loss
+    loss_of_outputs = make_loss_head(loss)
+    at_logits = make_loss_head(loss, find_head(graph).activation)
+    labels = at_logits.labels(graph.tensors[graph.outputs[0]].shape)
 
     @tf.function(reduce_retracing=True, autograph=False)
     def batch_loss(x, y, weight):
-        outputs = tf.cast(model(x, training=False), tf.float32)
-        return tf.reduce_sum(head.per_sample(y, outputs) * weight)
+        (outputs,) = keras.tree.flatten(model(x, training=False))
+        outputs = tf.cast(outputs, tf.float32)
+        loss = tf.reduce_sum(loss_of_outputs.per_sample(y, outputs, weight))
+        # Keras clips probabilities, and NaN with them, to finite losses
+        return tf.where(tf.reduce_all(tf.math.is_finite(outputs)), loss, math.nan)
 
     total = count = 0.0
-    for x, y, weight in batches_of(dataset):
-        total += float(batch_loss(x, y, weight))
-        count += int(weight.shape[0])
+    with float32_compute(model):  # rounding to half precision would drown what is measured
+        for batch in batches_of(dataset):
+            total += float(batch_loss(*check_batch(model, graph, batch, labels)))
+            count += int(batch[2].shape[0])
     return total / count
 
 
@@ -74,6 +87,7 @@ def measure_change(
     chosen = checked(model, candidates)
     loss = compiled_loss(model) if loss is None else loss
     before = real_loss(model, dataset, loss)
+    check_loss(before)
     copy = copy_model(model, compiled=False)
     sites = {site.name: site for site in find_sites(copy)}
     moved = [candidate.replace(site=sites[candidate.site.name]) for candidate in chosen]

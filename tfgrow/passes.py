@@ -47,6 +47,8 @@ class Passes:
             return weigh_columns(factors, weight)
 
         def unweigh(gradient):
+            if weight.shape.rank > 1:  # the gradient of the sample's weighted loss, as it is
+                return gradient
             shape = (-1, *[1] * (len(gradient.shape) - 1))
             return tf.math.divide_no_nan(gradient, tf.reshape(tf.sqrt(weight), shape))
 
@@ -66,7 +68,7 @@ class Passes:
 
     def _sum_of_losses(self, batch, captured: Capture) -> Any:
         _, y, weight = batch
-        return tf.reduce_sum(self._loss.per_sample(y, captured.values[self._head.tap]) * weight)
+        return tf.reduce_sum(self._loss.per_sample(y, captured.values[self._head.tap], weight))
 
     def scalars(self, batch, seed, groups: Sequence[Group], thetas: Sequence[Arrays]) -> Any:
         """Sums over a batch of `(loss, linear [C], gram [C, C], samples)` for all candidates."""
@@ -93,10 +95,9 @@ class Passes:
             for tap, value in group.morphism.tangents(group, theta, effect).items():
                 tangents[tap] = tangents[tap] + value if tap in tangents else value
         logits, pushed = push_forward(self._graph, self._head, x, tangents)
-        slope = self._loss.gradient(y, logits) * pushed
-        slope = tf.reduce_sum(slope, axis=list(range(1, len(slope.shape))))
-        change = slope + 0.5 * self._loss.quadratic(y, logits, pushed)
-        return tf.reduce_sum(change * weight), _count(weight)
+        slope = tf.reduce_sum(weigh_values(self._loss.gradient(y, logits), weight) * pushed)
+        curvature = tf.reduce_sum(self._loss.quadratic(y, logits, pushed, weight))
+        return slope + 0.5 * curvature, _count(weight)
 
     def learn(self, batch, seed, groups: Sequence[Group], parameters: Parameters, adam, sums, rate):
         """One learning step of all candidates on a batch.

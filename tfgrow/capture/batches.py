@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -51,7 +52,7 @@ def check_finite(dataset) -> None:
         isinstance(dataset, tf.data.Dataset)
         and dataset.cardinality().numpy() == tf.data.INFINITE_CARDINALITY
     )
-    if endless:
+    if endless or (isinstance(dataset, keras.utils.PyDataset) and dataset.num_batches is None):
         raise ValueError(
             "The dataset repeats for ever; this needs one finite pass. Use dataset.take(n)."
         )
@@ -61,7 +62,8 @@ def _raw_batches(dataset, batch_size, seed):
     if isinstance(dataset, tf.data.Dataset):
         return iter(dataset)
     if isinstance(dataset, keras.utils.PyDataset):
-        return (dataset[index] for index in range(len(dataset)))
+        count = dataset.num_batches
+        return map(dataset.__getitem__, itertools.count() if count is None else range(count))
     if isinstance(dataset, list) and all(isinstance(item, tuple) for item in dataset):
         return iter(dataset)
     if isinstance(dataset, tuple) and len(dataset) in (2, 3):
@@ -74,7 +76,12 @@ def _raw_batches(dataset, batch_size, seed):
 
 def _array_batches(arrays, batch_size, seed):
     arrays = tuple(part for part in arrays if part is not None)
-    lengths = {len(part) for part in tf.nest.flatten(arrays)}
+    parts = tf.nest.flatten(arrays)
+    if any(np.ndim(part) == 0 for part in parts):
+        raise TypeError(
+            "Expected (x, y) as arrays, found Python lists or scalars; give np.asarray(x)."
+        )
+    lengths = {len(part) for part in parts}
     if len(lengths) != 1:
         raise ValueError(f"The arrays have different lengths: {sorted(lengths)}.")
     (length,) = lengths
@@ -94,6 +101,11 @@ def _standard(batch) -> Batch:
             "change of the loss, so it needs targets."
         )
     x, y = (tf.nest.map_structure(tf.convert_to_tensor, part) for part in batch[:2])
+    targets = tf.nest.flatten(y)
+    y = targets[0] if len(targets) == 1 else y  # a single output may be given by its name
     size = tf.shape(tf.nest.flatten(x)[0])[0]
     weight = batch[2] if len(batch) == 3 and batch[2] is not None else tf.ones((size,))
-    return x, y, tf.cast(weight, tf.float32)
+    weight = tf.cast(weight, tf.float32)
+    while weight.shape.rank > 1 and weight.shape[-1] == 1:
+        weight = tf.squeeze(weight, axis=-1)
+    return x, y, weight

@@ -11,6 +11,7 @@ import tensorflow as tf
 from tfgrow.capture.execute import Tap, execute, linear_tap, tensor_tap
 from tfgrow.graph.nodes import Graph
 from tfgrow.graph.sites import Site
+from tfgrow.layers.stateless import changes_nothing
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,14 +42,21 @@ class Head:
 
 
 def find_head(graph: Graph) -> Head:
-    """A last softmax or sigmoid belongs to the loss: the logits are what enters it."""
+    """A last softmax or sigmoid belongs to the loss: the logits are what enters it.
+
+    Layers behind it that change nothing in inference mode (dropout, a linear activation that casts)
+    are looked through.
+    """
     if len(graph.outputs) != 1:
         raise ValueError(
             f"The model has {len(graph.outputs)} outputs; the Gauss-Newton estimate needs exactly "
             "one. Train the heads as one concatenated output, or grow a single-output model."
         )
     output = graph.outputs[0]
-    node = next((node for node in graph.nodes if output in node.outputs), None)
+    node = _maker(graph, output)
+    while node is not None and changes_nothing(node.operation):
+        output = node.inputs[0]
+        node = _maker(graph, output)
     if node is None:
         raise ValueError("The model's output is one of its inputs: there is nothing to grow.")
     if node.mixing:
@@ -62,6 +70,11 @@ def find_head(graph: Graph) -> Head:
     return Head(tensor_tap(output), None)
 
 
+def _maker(graph: Graph, tensor: int):
+    """The node that makes a tensor; None for an input."""
+    return next((node for node in graph.nodes if tensor in node.outputs), None)
+
+
 def leaf_taps(site: Site) -> list[Tap]:
     """The taps at which a perturbation of the site's channels is linearised."""
     return [tensor_tap(leaf.tensor) for leaf in site.leaves]
@@ -72,11 +85,17 @@ def consumer_taps(site: Site) -> list[Tap]:
     return [linear_tap(node.index) for leaf in site.leaves for node in leaf.consumers]
 
 
+def flat_inputs(graph: Graph, x) -> list:
+    """A batch's inputs in the order of the graph's; a dict is read by name, as `fit` does."""
+    if isinstance(x, Mapping) and set(graph.input_keys) <= set(x):
+        return [x[key] for key in graph.input_keys]
+    return tf.nest.flatten(x)
+
+
 def prepare_inputs(graph: Graph, x) -> list:
     """A batch's inputs as the graph takes them: flat, of the right rank, cast."""
-    flat = tf.nest.flatten(x)
     prepared = []
-    for tensor, value in zip(graph.inputs, flat, strict=True):
+    for tensor, value in zip(graph.inputs, flat_inputs(graph, x), strict=True):
         reference = graph.tensors[tensor]
         value = tf.cast(value, reference.dtype)
         if len(value.shape) == len(reference.shape) - 1 and reference.shape[-1] == 1:
@@ -126,6 +145,8 @@ def capture(
             output_gradients=tf.stop_gradient(tf.cast(cotangent, logits.dtype)),
             unconnected_gradients=tf.UnconnectedGradients.ZERO,
         )
+        for tap, gradient in zip(taps, gradients, strict=True):
+            gradient.set_shape(values[tap].shape)  # some gradients forget it
         return {tap: tf.stop_gradient(g) for tap, g in zip(taps, gradients, strict=True)}
 
     passes = [back_propagate(gradient_of(logits))]

@@ -16,9 +16,9 @@ from typing import Any, Literal, get_args
 
 import tensorflow as tf
 
-from tfgrow.curvature.columns import columns_of_positions
+from tfgrow.curvature.columns import columns_of_positions, weigh_values
 from tfgrow.curvature.loss_matching import match_loss
-from tfgrow.curvature.row_losses import RowLoss
+from tfgrow.curvature.row_losses import RowLoss, SoftmaxCrossentropy
 from tfgrow.curvature.targets import sparse_targets
 
 Curvature = Literal["exact", "sampled", "empirical"]
@@ -46,11 +46,17 @@ class LossHead:
     ignore_class: int | None
     name: str
 
-    def per_sample(self, y: tf.Tensor, z: tf.Tensor) -> tf.Tensor:
-        """Loss `[N]` of each sample, mean over its positions; its batch mean is Keras' loss."""
+    def per_sample(self, y: tf.Tensor, z: tf.Tensor, weights: Any = None) -> tf.Tensor:
+        """Loss `[N]` of each sample, mean over its positions; its batch mean is Keras' loss.
+
+        Args:
+          y: targets, as the loss takes them.
+          z: logits `[N, ..., D]`.
+          weights: of samples `[N]`, or of positions too `[N, ...]`.
+        """
         z = _float(z)
         rows, targets, scale = self._rows(y, z)
-        return self._sum_positions(scale * self.row_loss.values(targets, rows), z)
+        return self._sum_positions(scale * self.row_loss.values(targets, rows), z, weights)
 
     def gradient(self, y: tf.Tensor, z: tf.Tensor) -> tf.Tensor:
         """Gradient of each sample's loss with respect to its logits, of the shape of `z`."""
@@ -99,12 +105,19 @@ class LossHead:
             return [tf.reshape(h, tf.shape(z)) for h in tf.unstack(root, axis=-1)]
         return columns_of_positions(root, z)
 
-    def quadratic(self, y: tf.Tensor, z: tf.Tensor, v: tf.Tensor) -> tf.Tensor:
+    def quadratic(self, y: tf.Tensor, z: tf.Tensor, v: tf.Tensor, weights: Any = None) -> tf.Tensor:
         """v_i^T H_i v_i `[N]` for a direction `v` of the shape of `z` (H_i: its positive part)."""
         z = _float(z)
         rows, targets, scale = self._rows(y, z)
         along = tf.reshape(_float(v), tf.shape(rows))
-        return self._sum_positions(scale * self.row_loss.quadratic(targets, rows, along), z)
+        values = scale * self.row_loss.quadratic(targets, rows, along)
+        return self._sum_positions(values, z, weights)
+
+    def labels(self, z_shape: Sequence[int | None]) -> range | None:
+        """The class indices that targets may hold; None if they are no class indices."""
+        sparse = isinstance(self.row_loss, SoftmaxCrossentropy) and self.row_loss.sparse
+        known = sparse and self.ignore_class is None and z_shape[-1] is not None
+        return range(int(z_shape[-1])) if known else None  # type: ignore[arg-type]
 
     def exact_columns(self, z_shape: Sequence[int | None]) -> int | None:
         """Number of exact columns for logits of shape `[N, ..., D]`; None if not fixed."""
@@ -137,10 +150,19 @@ class LossHead:
             tf.math.divide_no_nan(scale * _float(counted), share),
         )
 
-    def _sum_positions(self, values: tf.Tensor, z: tf.Tensor) -> tf.Tensor:
-        if not self.row_loss.per_position:
-            return values
-        return tf.reduce_sum(tf.reshape(values, tf.shape(z)[:-1]), axis=range(1, z.shape.rank - 1))
+    def _sum_positions(self, values: tf.Tensor, z: tf.Tensor, weights: Any = None) -> tf.Tensor:
+        """Values of rows summed to samples `[N]`, weighed where there are weights."""
+        if self.row_loss.per_position:
+            values = tf.reshape(values, tf.shape(z)[:-1])
+        if weights is not None:
+            weights = _float(weights)
+            if not _weighs(weights, values):
+                raise ValueError(
+                    f"Sample weights of shape {weights.shape} don't fit a loss with values of "
+                    f"shape {values.shape}; expected a weight per sample or per value."
+                )
+            values = weigh_values(values, weights)
+        return tf.reduce_sum(values, axis=range(1, values.shape.rank))
 
 
 def make_loss_head(loss: Any, last_activation: Any = None) -> LossHead:
@@ -202,6 +224,13 @@ def resolve_curvature(name: str, head: LossHead, z_shape: Sequence[int | None]) 
             "Fix the output's shape, or use 'sampled'."
         )
     return name  # type: ignore[return-value]
+
+
+def _weighs(weights: tf.Tensor, values: tf.Tensor) -> bool:
+    """Whether the axes of weights are the first ones of values, or of size 1."""
+    pairs = zip(weights.shape, values.shape, strict=False)
+    fits = all(None in pair or pair[0] in (1, pair[1]) for pair in pairs)
+    return fits and weights.shape.rank <= values.shape.rank
 
 
 def _product(sizes: Sequence[int | None]) -> int | None:

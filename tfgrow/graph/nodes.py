@@ -46,12 +46,14 @@ class Graph:
     Attributes:
       nodes: the calls, without input layers.
       inputs: tensor ids of the model's inputs, flat.
+      input_keys: what a dict of inputs calls each of them, in the same order.
       outputs: tensor ids of the model's outputs, flat.
       tensors: the symbolic tensor of each id (its `shape` follows the model's growth).
     """
 
     nodes: tuple[Node, ...]
     inputs: tuple[int, ...]
+    input_keys: tuple[str, ...]
     outputs: tuple[int, ...]
     tensors: Mapping[int, Any]
 
@@ -112,7 +114,13 @@ def trace(model: keras.Model) -> Graph:
             )
         )
     outputs = tuple(number(tensor) for tensor in functional.outputs)
-    return Graph(tuple(nodes), inputs, outputs, tensors)
+    return Graph(tuple(nodes), inputs, _input_keys(functional), outputs, tensors)
+
+
+def _input_keys(functional) -> tuple[str, ...]:
+    if isinstance(functional.input, dict):
+        return tuple(keras.tree.flatten({key: key for key in functional.input}))
+    return tuple(tensor.name for tensor in functional.inputs)
 
 
 def _filler(arguments, ids):

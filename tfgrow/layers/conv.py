@@ -31,7 +31,7 @@ class _Conv(Mixing):
         # A convolution of every channel by itself with one-hot kernels copies each tap's input.
         taps = int(np.prod(self.kernel_size))
         one_hot = np.eye(taps, dtype="float32").reshape((*self.kernel_size, 1, taps))
-        spatial, channels = inputs.shape[1:-1], inputs.shape[-1]
+        spatial, channels = ops.shape(inputs)[1:-1], inputs.shape[-1]
         to_front = (0, self.rank + 1, *range(1, self.rank + 1))
         each = ops.reshape(ops.transpose(inputs, to_front), (-1, *spatial, 1))
         seen = self.convolution_op(each, ops.cast(one_hot, inputs.dtype))

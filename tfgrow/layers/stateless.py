@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import keras
 import numpy as np
-from keras import layers
+from keras import activations, layers
 
 from tfgrow.layers.activations import is_elementwise, unknown_activation
 from tfgrow.layers.growable import Channelwise, channels_last_only
@@ -50,10 +50,7 @@ def register_channelwise(layer_class: type, blocked: Callable = _always) -> None
     _REGISTRY[layer_class] = blocked
 
 
-for _class in (
-    layers.ReLU,
-    layers.LeakyReLU,
-    layers.ELU,
+_IDENTITIES = (
     layers.Dropout,
     layers.AlphaDropout,
     layers.GaussianDropout,
@@ -63,7 +60,8 @@ for _class in (
     layers.SpatialDropout3D,
     layers.ActivityRegularization,
     layers.Identity,
-):
+)
+for _class in (layers.ReLU, layers.LeakyReLU, layers.ELU, *_IDENTITIES):
     register_channelwise(_class)
 for _class in (
     layers.MaxPooling1D,
@@ -95,6 +93,15 @@ for _class in (
     register_channelwise(_class, _spatial_only)
 register_channelwise(layers.Activation, _elementwise)
 register_channelwise(layers.Rescaling, _one_scale)
+
+
+def changes_nothing(operation) -> bool:
+    """Whether a layer only hands on what it reads, in inference mode."""
+    if type(operation) is layers.Activation:
+        return operation.activation is activations.linear
+    if type(operation) is layers.Reshape:
+        return tuple(operation.output.shape) == tuple(operation.input.shape)
+    return type(operation) in _IDENTITIES
 
 
 class Stateless(Channelwise):

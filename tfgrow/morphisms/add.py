@@ -184,14 +184,16 @@ def _pull_back(layer, value, kernel, cotangents):
     It depends on the shape of the layer's input only, never on its values.
     """
     kernel = tf.stop_gradient(kernel)
-    passes, samples = cotangents.shape[0], tf.shape(value)[0]
-    folded = tf.reshape(cotangents, (-1, *cotangents.shape[2:]))
-    shape = tf.concat([[passes * samples], tf.shape(value)[1:]], axis=0)
-    anywhere = tf.ensure_shape(tf.zeros(shape), (None, *value.shape[1:]))
+    passes, known = cotangents.shape[0], tuple(value.shape[1:])
+    # The channels as a number: grappler takes the split of a tensor for as wide as the whole.
+    inner = [tf.shape(value)[1:-1], [known[-1]]]
+    folded = tf.reshape(cotangents, tf.concat([[-1], tf.shape(cotangents)[2:]], axis=0))
+    shape = tf.concat([[passes * tf.shape(value)[0]], *inner], axis=0)
+    anywhere = tf.ensure_shape(tf.zeros(shape), (None, *known))
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(anywhere)
         response = layer.linear(anywhere, kernel)
     pulled = tape.gradient(response, anywhere, output_gradients=folded)
-    shape = tf.concat([[passes, samples], tf.shape(value)[1:]], axis=0)
-    pulled = tf.ensure_shape(tf.reshape(pulled, shape), (passes, None, *value.shape[1:]))
+    shape = tf.concat([[passes, -1], *inner], axis=0)
+    pulled = tf.ensure_shape(tf.reshape(pulled, shape), (passes, None, *known))
     return tf.stop_gradient(pulled)

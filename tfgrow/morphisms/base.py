@@ -114,9 +114,13 @@ def _responses(capture: Capture, groups: Sequence[Group], thetas: Sequence[Theta
         together = site.producer.linear(
             producer_input(capture, site), **as_layer_weights(site.producer, weights)
         )
-        parts = tf.split(together, [len(groups[number].units) for number in members], axis=-1)
-        for number, part in zip(members, parts, strict=True):
-            responses[number] = part
+        # Not tf.split: where sizes are free, TensorFlow's optimizer (2.21) mixes its outputs up
+        # when it moves activations in front of it.
+        start = 0
+        for number in members:
+            stop = start + len(groups[number].units)
+            responses[number] = together[..., start:stop]
+            start = stop
     return responses
 
 

@@ -86,7 +86,11 @@ def candidates(
 
 def _chosen(model, every: Sequence[Site], wanted) -> list[Site]:
     if wanted is None:
-        return [site for site in every if site.blocked is None]
+        chosen = [site for site in every if site.blocked is None]
+        if not chosen:
+            reasons = "; ".join(f"{site.name}: {site.blocked}" for site in every)
+            raise ValueError(f"Nothing in model '{model.name}' can grow. {reasons}")
+        return chosen
     by_name = {site.name: site for site in every}
     chosen = []
     for item in [wanted] if isinstance(wanted, (str, Site)) else wanted:

@@ -1,0 +1,70 @@
+"""Checks of batches before anything is computed on them, and of the loss after."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from tfgrow.capture.batches import Batch
+from tfgrow.capture.capture import flat_inputs
+from tfgrow.graph.nodes import Graph
+
+
+def check_batch(model: Any, graph: Graph, batch: Batch, labels: range | None = None) -> Batch:
+    """The batch, if it fits the model.
+
+    Args:
+      model: named in errors.
+      graph: the model's graph.
+      batch: `(x, y, weight)`.
+      labels: the class indices that targets may hold; None if targets are no indices.
+
+    Raises:
+      ValueError: inputs of another number or shape, negative weights, labels that are no class.
+    """
+    x, y, weight = batch
+    _check_inputs(model, graph, flat_inputs(graph, x))
+    if float(tf.reduce_min(weight)) < 0:
+        raise ValueError(
+            f"Sample weights must be >= 0; found {float(tf.reduce_min(weight))}: the estimate "
+            "takes their square root."
+        )
+    if labels is not None:
+        low, high = float(tf.reduce_min(y)), float(tf.reduce_max(y))
+        if low < labels.start or high >= labels.stop:
+            raise ValueError(
+                f"The targets hold the labels {low:g} to {high:g}, but model '{model.name}' has "
+                f"outputs for the classes {labels.start} to {labels.stop - 1}."
+            )
+    return batch
+
+
+def _check_inputs(model, graph: Graph, flat) -> None:
+    expected = [graph.tensors[tensor] for tensor in graph.inputs]
+    if len(flat) != len(expected):
+        raise ValueError(
+            f"The dataset gives {len(flat)} inputs, model '{model.name}' takes {len(expected)}."
+        )
+    for value, reference in zip(flat, expected, strict=True):
+        known = [size for size in reference.shape[1:] if size is not None]
+        fits = [
+            size in (None, found)
+            for size, found in zip(reference.shape[1:], value.shape[1:], strict=False)
+        ]
+        short = value.shape.rank == 1 and known == [1]
+        if not short and (value.shape.rank != len(reference.shape) or not all(fits)):
+            raise ValueError(
+                f"The dataset's samples have shape {tuple(value.shape[1:])}, but input "
+                f"'{reference.name}' of model '{model.name}' expects {tuple(reference.shape[1:])}."
+            )
+
+
+def check_loss(value: Any) -> None:
+    """Raises ValueError for a loss that is not finite."""
+    if not np.isfinite(np.asarray(value)).all():
+        raise ValueError(
+            f"The loss on the estimation data is not finite ({np.asarray(value)}). Check the "
+            "data for NaN, or lower the learning rate of the training before growing."
+        )
