@@ -103,11 +103,21 @@ def test_on_plateau_refuses(arguments, error, named):
         OnPlateau(**arguments)
 
 
-@pytest.mark.parametrize("logs", [None, {}, {"loss": 1.0, "accuracy": 0.5}])
+@pytest.mark.parametrize("logs", [None, {}, {"val_loss": 1.0, "accuracy": 0.5}])
 def test_missing_monitor_names_what_there_is(logs):
-    expected = rf"'val_loss', which epoch 3 .*Found: \{sorted(logs or {})}.*validation data"
+    expected = rf"'loss', which epoch 3 .*Found: \{sorted(logs or {})}"
     with pytest.raises(ValueError, match=expected):
-        OnPlateau("val_loss").should_grow(3, logs)
+        OnPlateau("loss").should_grow(3, logs)
+
+
+def test_epochs_without_validation_are_passed_over():
+    """As with `validation_freq=2`: they neither count nor fail, and are mentioned once."""
+    schedule = OnPlateau("val_loss", patience=2)
+    every = [{"val_loss": 1.0}, {}, {"val_loss": 1.0}, {}, {"val_loss": 1.0}]
+    with pytest.warns(UserWarning, match="'val_loss', which epoch 2 did not report") as seen:
+        grown = [schedule.should_grow(epoch, logs) for epoch, logs in enumerate(every, start=1)]
+    assert grown == [False] * 4 + [True]
+    assert len(seen) == 1
 
 
 def test_reset_forgets():

@@ -5,7 +5,11 @@ from __future__ import annotations
 import copy
 import gc
 import inspect
+import itertools
+import math
+import os
 import time
+import warnings
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -30,6 +34,13 @@ _NO_MODEL = {"_due": False, "_epochs_done": 0, "_trained": None, "_peers": (), "
 """What `Growth` knows of a model when it has none."""
 
 
+_NO_BACKUP = (
+    "BackupAndRestore keeps weights, not the architecture: it cannot resume a run from before a "
+    "growth. Keep whole models with ModelCheckpoint('model.keras') beside it, and go on from "
+    "keras.models.load_model('model.keras')."
+)
+
+
 class Growth(keras.callbacks.Callback):
     """Grows the model while it trains.
 
@@ -43,7 +54,8 @@ class Growth(keras.callbacks.Callback):
     An event that is cut off by an error or an interrupt leaves model, optimizer, journal and the
     oracle's files as they were before it. Growth that falls due at the end of `fit` happens when
     the next `fit` of the same model begins. A deep copy has the settings and events of the
-    original and shares its data, but belongs to no model.
+    original and shares its data, but belongs to no model; the n-th one keeps its project and its
+    journal in places of its own, named like the original's with `-n` at the end.
 
     Args:
       oracle: what proposes the edits, usually a `tfgrow.GaussNewtonOracle`.
@@ -52,7 +64,7 @@ class Growth(keras.callbacks.Callback):
       every: grow every so many epochs. Give this or `when`; 2 by default.
       when: a `tfgrow.schedules.Schedule`, or its short form such as `"on_plateau"`.
       guard: whether to judge a set on held-out batches before it is committed.
-      tolerance: by how much an event may raise the held-out loss.
+      tolerance: by how much an event may raise the held-out loss (negative: must lower it).
       journal: path of a JSON file that holds the events, or None.
       verbose: 0 silent, 1 a line per event and a progress bar, 2 a line per event; `"auto"` as fit.
 
@@ -93,6 +105,10 @@ class Growth(keras.callbacks.Callback):
             )
         if every is not None and when is not None:
             raise ValueError("Give `every` or `when`, not both.")
+        if not isinstance(tolerance, (int, float)) or math.isnan(tolerance):
+            raise ValueError(f"tolerance must be a number. Found: {tolerance!r}")
+        if verbose not in ("auto", 0, 1, 2):
+            raise ValueError(f"verbose must be 'auto', 0, 1 or 2. Found: {verbose!r}")
         self.oracle = oracle
         self.data = data
         self.schedule = schedules.get((2 if every is None else every) if when is None else when)
@@ -102,6 +118,8 @@ class Growth(keras.callbacks.Callback):
         self.journal = Journal(journal)
         self._finished = False
         self._reported = 0
+        self._copies = itertools.count(1)
+        self._copy_number: int | None = None  # of a deep copy that has written nothing yet
         self._due: bool
         self._epochs_done: int
         self._trained: weakref.ref | None  # the model that what is due belongs to
@@ -120,13 +138,25 @@ class Growth(keras.callbacks.Callback):
         twin.__dict__.update(_NO_MODEL)
         for name in ("oracle", "schedule", "journal"):
             setattr(twin, name, copy.deepcopy(getattr(self, name), memo))
+        twin.__dict__.update(_copy_number=next(self._copies), _copies=itertools.count(1))
         return twin
+
+    def _part_from_original(self) -> None:
+        """Gives a deep copy, as Keras Tuner makes one per trial, files of its own."""
+        if self._copy_number is None:
+            return
+        suffix, self._copy_number = f"-{self._copy_number}", None
+        self.oracle.move_project(suffix)
+        if self.journal.path is not None:
+            stem, ending = os.path.splitext(self.journal.path)
+            self.journal = Journal(f"{stem}{suffix}{ending}", self.journal.events)
 
     # ---- Keras's calls ----------------------------------------------------------------------
 
     def on_train_begin(self, logs=None):
         del logs
         self._check()
+        self._part_from_original()
         if self._trained is None or self._trained() is not self.model:
             self.__dict__.update(_NO_MODEL)
             self._trained = weakref.ref(self.model)
@@ -134,6 +164,8 @@ class Growth(keras.callbacks.Callback):
         self._finished, self._newborn = False, None
         self._reported = len(self.journal)
         self._step_forward()
+        if any(isinstance(peer, keras.callbacks.BackupAndRestore) for peer in self._peers):
+            warnings.warn(_NO_BACKUP, stacklevel=2)
 
     def on_epoch_end(self, epoch, logs=None):
         logs = {} if logs is None else logs
@@ -239,10 +271,14 @@ class Growth(keras.callbacks.Callback):
         params, flops = size_of(self.model)
         logs["tfgrow_params"] = params
         logs["tfgrow_flops"] = flops
-        logs["tfgrow_events"] = sum(event.status == "applied" for event in self.events)
+        applied = [event for event in new if event.status == "applied"]
+        # Added to what another Growth of the same fit has said.
+        logs["tfgrow_events"] = logs.get("tfgrow_events", 0) + sum(
+            event.status == "applied" for event in self.events
+        )
         for name in ("estimated_change", "measured_change"):
-            values = [getattr(event, name) for event in new if event.status == "applied"]
-            logs[f"tfgrow_{name}"] = float(sum(value or 0.0 for value in values))
+            total = float(sum(getattr(event, name) or 0.0 for event in applied))
+            logs[f"tfgrow_{name}"] = logs.get(f"tfgrow_{name}", 0.0) + total
         for event in new:
             if event.trial_id is not None:
                 self.oracle.report(event.trial_id, logs, epoch=self._epochs_done)

@@ -100,6 +100,9 @@ class Journal:
     def save(self, path: str | os.PathLike) -> None:
         """Writes a copy; an existing file is replaced as a whole."""
         events = [event.to_json() for event in self._events]
+        folder = os.path.dirname(os.fspath(path))
+        if folder:
+            tf.io.gfile.makedirs(folder)
         write_json(path, {"version": _VERSION, "events": _plain(events)}, indent=1)
 
     def to_rows(self) -> list[dict[str, Any]]:

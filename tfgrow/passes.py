@@ -122,7 +122,8 @@ class Passes:
             tape.watch(vector)
             thetas = parameters.unpack(vector)
             perturbed = perturb_all(captured, groups, thetas, fresh=True)
-        new, kept = _equations(captured, groups, perturbed, sums)
+        loss = self._sum_of_losses(batch, captured)
+        new, kept = _equations(captured, groups, perturbed, sums, loss)
 
         def improve():
             solved = [
@@ -144,7 +145,7 @@ class Passes:
             return (*_adam_step(adam, tape.gradient(total, vector), rate), total)
 
         def settle():  # closed forms and statistics only: spared is more than half of the step
-            return (*adam, self._sum_of_losses(batch, captured))
+            return (*adam, loss)
 
         *adam, total = tf.cond(rate > 0.0, improve, settle)
         return tuple(adam), new, kept, [dict(effect.moments) for effect in perturbed], total
@@ -190,11 +191,12 @@ def _unit_column(group: Group, name: str) -> np.ndarray:
     return np.asarray(group.scales[name], dtype="float32").reshape(-1, *[1] * axes)
 
 
-def _equations(captured, groups, perturbed, sums):
+def _equations(captured, groups, perturbed, sums, loss):
     """Per group: the batch's normal equations, and those of the batches before it added."""
     new, kept = [], []
     for group, effect, old in zip(groups, perturbed, sums, strict=True):
         mine = group.morphism.equations(captured, group, effect)
+        mine = {**mine, "loss": loss} if mine else mine
         new.append(mine)
         kept.append(add_sums(scale_sums(old, FORGET), mine))
     return new, kept

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import math
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -125,6 +126,7 @@ class OnPlateau(Schedule):
         self._best = math.inf
         self._waited = 0
         self._cooling = 0
+        self._warned = False
 
     def should_grow(self, epoch: int, logs: Mapping[str, Any] | None = None) -> bool:
         """Whether the metric has stopped improving.
@@ -132,6 +134,9 @@ class OnPlateau(Schedule):
         Raises:
           ValueError: the logs lack the metric.
         """
+        if self.monitor not in (logs or {}) and self.monitor.startswith("val_"):
+            self._warn_unvalidated(epoch)
+            return False
         value = self._sign * float(self._monitored(epoch, logs))
         if math.isnan(value):
             return False  # a diverged epoch says nothing about missing capacity
@@ -155,13 +160,22 @@ class OnPlateau(Schedule):
             "cooldown": self.cooldown,
         }
 
+    def _warn_unvalidated(self, epoch: int) -> None:
+        """Epochs without validation are passed over, as Keras's own callbacks do."""
+        if not self._warned:
+            warnings.warn(
+                f"OnPlateau monitors '{self.monitor}', which epoch {epoch} did not report, and "
+                "passes over such epochs. Give fit validation data if it never comes.",
+                stacklevel=3,
+            )
+        self._warned = True
+
     def _monitored(self, epoch: int, logs: Mapping[str, Any] | None) -> Any:
         if logs and self.monitor in logs:
             return logs[self.monitor]
-        hint = " give fit validation data (at every epoch) or" if "val_" in self.monitor else ""
         raise ValueError(
             f"OnPlateau monitors '{self.monitor}', which epoch {epoch} did not report. "
-            f"Found: {sorted(logs or {})}. Please{hint} monitor one of these."
+            f"Found: {sorted(logs or {})}. Please monitor one of these."
         )
 
 

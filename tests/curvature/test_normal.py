@@ -37,7 +37,13 @@ def tensors(arrays):
 
 def sums_of(make, *args, **kwargs):
     seen, cotangents = batch(*args, **kwargs)
-    return make(tensors(seen), tensors(cotangents))
+    return known(make(tensors(seen), tensors(cotangents)))
+
+
+def known(sums, energy=1.0, usual=1.0, loss=0.0):
+    """The sums with those that say how far a solution may go; nothing holds it by default."""
+    energies = tf.fill((UNITS,), energy)
+    return {**sums, "energy": energies, "usual": tf.constant(usual), "loss": tf.constant(loss)}
 
 
 def written_out(seen, cotangents):
@@ -93,12 +99,38 @@ def test_no_data_has_the_same_names_and_shapes():
         assert not any(np.any(value) for value in nothing.values())
 
 
+def test_silent_units_are_damped_as_if_they_fired():
+    """A tenth of the usual energy takes no damping; a hundredth takes ten times as much."""
+    sums = sums_of(dense_sums)
+    np.testing.assert_array_equal(
+        solve_sums(known(sums, energy=0.1), 0.3), solve_sums(known(sums, energy=1.0), 0.3)
+    )
+    np.testing.assert_allclose(
+        solve_sums(known(sums, energy=0.01), 0.3), solve_sums(known(sums), 3.0), rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("make", [dense_sums, kronecker_sums])
+def test_no_unit_promises_more_than_half_of_the_loss(make):
+    free = sums_of(make)
+    gain = -quadratic(free, solve_sums(free, 0.1))
+    held = solve_sums({**free, "loss": tf.constant(float(gain.min()))}, 0.1).numpy()
+    share = 0.5 * gain.min() / gain
+    np.testing.assert_allclose(held, solve_sums(free, 0.1) * share[:, None], rtol=1e-4)
+
+
+def test_where_the_loss_is_linear_the_step_is_bounded():
+    flat = known(sums_of(dense_sums), loss=8.0)
+    flat["q"] = tf.zeros_like(flat["q"])
+    np.testing.assert_allclose(quadratic(flat, solve_sums(flat, 0.1)), -4.0, rtol=1e-4)
+
+
 def test_kronecker_gradient_is_exact_and_its_curvature_is_for_independent_factors():
     """One position, inputs and cotangents independent: Q is the product of its factors."""
     sizes = ((1, 3, 2),)
     seen, cotangents = batch(3, sizes, samples=20_000)
-    factored = kronecker_sums(tensors(seen), tensors(cotangents))
-    whole = dense_sums(tensors(seen), tensors(cotangents))
+    factored = known(kronecker_sums(tensors(seen), tensors(cotangents)))
+    whole = known(dense_sums(tensors(seen), tensors(cotangents)))
     np.testing.assert_allclose(factored["g"], whole["g"], rtol=1e-3, atol=0.2)
     phi = np.random.default_rng(4).standard_normal((UNITS, 6)).astype("float32")
     curved = [quadratic(sums, phi) - quadratic(sums, 0 * phi) for sums in (factored, whole)]

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import tfgrow
 from tests.cases import CASES, by_name, inputs_of, prepare, regression_data
@@ -147,7 +148,7 @@ def test_normal_equations_are_the_quadratic_of_the_scalars(net):
         perturbed = perturb_all(captured, [group], [group.theta], fresh=False)[0]
         scalars = group.morphism.scalars(captured, group, group.theta, perturbed).numpy()
         expected = scalars[0].sum(axis=0) + 0.5 * (scalars[1:] ** 2).sum(axis=(0, 1))
-        sums = group.morphism.equations(captured, group, perturbed)
+        sums = {**group.morphism.equations(captured, group, perturbed), "loss": tf.zeros(())}
         names = sorted(name for name in group.theta if name.startswith("phi/"))
         phi = np.concatenate([group.theta[n].reshape(len(expected), -1) for n in names], axis=1)
         scale = np.abs(scalars[0]).sum(axis=0)

@@ -76,11 +76,21 @@ def test_a_budget_too_small_for_any_edit_stops_without_learning(monkeypatch):
     assert trial.status == "STOPPED"
 
 
-def test_a_step_too_small_for_any_edit_is_idle_without_learning(monkeypatch):
+def test_growth_per_step_never_forbids_the_smallest_edit():
+    """A tenth of a tiny model is less than any edit adds: it grows all the same, by one."""
+    trial, plan = quick_oracle(growth_per_step=0.01).propose(two_layers(), arrays())
+    assert (trial.status, len(plan.candidates)) == ("RUNNING", 1)
+    assert "growth_per_step allows" in plan.reason
+
+
+def test_stopped_where_no_multiple_fits_the_budget(monkeypatch):
     monkeypatch.setattr(tfgrow.GaussNewtonEstimator, "learn", None)
-    trial, plan = quick_oracle(growth_per_step=0.1).propose(two_layers(), arrays())
-    assert (trial.status, plan.candidates) == ("IDLE", ())
-    assert "smallest edit adds 7 parameters" in plan.reason
+    model = two_layers()
+    room = tfgrow.candidates(model, "add", new_units=1)[0].cost.params + 1
+    oracle = quick_oracle(round_to=8, max_params=model.count_params() + room)
+    trial, plan = oracle.propose(model, arrays())
+    assert (trial.status, plan.candidates) == ("STOPPED", ())
+    assert "budget reached: the smallest edit adds" in plan.reason
 
 
 def test_what_cannot_be_afforded_is_not_learned(monkeypatch):

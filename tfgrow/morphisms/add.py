@@ -17,6 +17,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfgrow.capture.capture import consumer_taps
+from tfgrow.capture.execute import tensor_tap
 from tfgrow.capture.path import take
 from tfgrow.curvature.normal import dense_sums, kronecker_sums, solve_sums, zero_sums
 from tfgrow.morphisms.base import Candidate, Morphism, Perturbed
@@ -104,7 +105,8 @@ class Add(Morphism):
             outputs = stacked.shape[-1]
             positions = seen[-1].shape[2] or tf.shape(seen[-1])[2]
             cotangents.append(tf.reshape(stacked, (stacked.shape[0], -1, positions, outputs)))
-        return (dense_sums if _dense(group.site) else kronecker_sums)(seen, cotangents)
+        sums = (dense_sums if _dense(group.site) else kronecker_sums)(seen, cotangents)
+        return {**sums, **_energies(capture, group, perturbed)}
 
     def no_equations(self, group):
         sizes = [(taps * blocks, outputs) for taps, blocks, outputs in _phi_shapes(group.site)]
@@ -136,6 +138,17 @@ class Add(Morphism):
             for name, value in candidate.theta.items()
         }
         return candidate.replace(theta=theta)
+
+
+def _energies(capture, group, perturbed) -> dict:
+    """How much the new units hand to the consumers, and how much the live ones do on average."""
+    energy, usual = 0.0, 0.0
+    for leaf in group.site.leaves:
+        new = group.path.by_unit(leaf.tensor, perturbed.values[leaf.tensor] ** 2)
+        energy += tf.reduce_sum(new, axis=[*range(len(new.shape) - 2), -1])
+        live = take(capture.values[tensor_tap(leaf.tensor)], leaf.channels.index.reshape(-1))
+        usual += tf.reduce_sum(live**2) / group.site.units
+    return {"energy": energy, "usual": usual}
 
 
 def _reads(site):

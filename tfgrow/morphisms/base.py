@@ -202,7 +202,10 @@ class Morphism:
         return {}
 
     def equations(self, capture: Capture, group: Group, perturbed: Perturbed) -> dict[str, Any]:
-        """This batch's sums of the quadratic in the solved parameters; empty when none are."""
+        """This batch's sums of the quadratic in the solved parameters; empty when none are.
+
+        The sum of the batch's losses is added to them by the caller, as `"loss"`.
+        """
         del capture, group, perturbed
         return {}
 

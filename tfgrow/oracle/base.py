@@ -15,6 +15,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import dataclasses
+import json
 import math
 import os
 import re
@@ -161,13 +162,12 @@ class GrowthOracle(keras_tuner.Oracle, abc.ABC):
         """
         del data
         self.check_budget(model)
-        flops = model_flops(trace(model))
-        if self.max_flops is not None and flops > self.max_flops:
+        open_sites = [site.name for site in find_sites(model) if site.blocked is None]
+        if not self.site_names(open_sites):
             raise ValueError(
-                f"Model '{model.name}' needs {flops} FLOPs per sample, more than max_flops="
-                f"{self.max_flops}. Start from a smaller model or raise max_flops."
+                f"include={self.include} and exclude={self.exclude} leave no site of model "
+                f"'{model.name}' to grow. Found: {open_sites}."
             )
-        self.site_names([site.name for site in find_sites(model) if site.blocked is None])
 
     def split(self, dataset: Any) -> GrowthData:
         """Disjoint batches of a dataset for one step: to learn on, to score with, to judge by."""
@@ -303,20 +303,27 @@ class GrowthOracle(keras_tuner.Oracle, abc.ABC):
 
     # ---- what a strategy is given -----------------------------------------------------------
 
-    def limits(self, params: int, flops: int | None = None) -> Limits:
+    def limits(self, params: int, flops: int | None = None, smallest: int = 0) -> Limits:
         """What one step may spend on a model that has `params` parameters and `flops` FLOPs.
+
+        Args:
+          params: parameters of the model.
+          flops: its FLOPs per sample; needed if `max_flops` is set.
+          smallest: parameters of its smallest edit, which `growth_per_step` never forbids.
 
         Raises:
           ValueError: `max_flops` is set and `flops` is not given.
         """
         if self.max_flops is not None and flops is None:
             raise ValueError(f"max_flops={self.max_flops} needs the model's FLOPs per sample.")
-        spend = [math.inf if self.max_params is None else max(0, self.max_params - params)]
+        left = math.inf if self.max_params is None else max(0, self.max_params - params)
+        share = math.inf
         if isinstance(self.growth_per_step, float):
-            spend.append(int(self.growth_per_step * params))
+            share = max(int(self.growth_per_step * params), smallest)
         return dataclasses.replace(
             self._limits,
-            params=None if min(spend) == math.inf else int(min(spend)),
+            params=None if min(left, share) == math.inf else int(min(left, share)),
+            step=share < left,
             flops=None if self.max_flops is None else max(0, self.max_flops - int(flops or 0)),
             edits=self.growth_per_step if isinstance(self.growth_per_step, int) else None,
         )
@@ -335,13 +342,18 @@ class GrowthOracle(keras_tuner.Oracle, abc.ABC):
         return self._seed_state
 
     def check_budget(self, model: Any) -> None:
-        """Raises ValueError if the model has more than `max_params` parameters already."""
-        if self.max_params is None or model.count_params() <= self.max_params:
-            return
-        raise ValueError(
-            f"Model '{model.name}' has {model.count_params()} parameters, more than "
-            f"max_params={self.max_params}. Start from a smaller model or raise max_params."
-        )
+        """Raises ValueError if the model is over `max_params` or `max_flops` already."""
+        if self.max_params is not None and model.count_params() > self.max_params:
+            raise ValueError(
+                f"Model '{model.name}' has {model.count_params()} parameters, more than "
+                f"max_params={self.max_params}. Start from a smaller model or raise max_params."
+            )
+        flops = 0 if self.max_flops is None else model_flops(trace(model))
+        if self.max_flops is not None and flops > self.max_flops:
+            raise ValueError(
+                f"Model '{model.name}' needs {flops} FLOPs per sample, more than max_flops="
+                f"{self.max_flops}. Start from a smaller model or raise max_flops."
+            )
 
     # ---- the keras_tuner side ---------------------------------------------------------------
 
@@ -396,6 +408,19 @@ class GrowthOracle(keras_tuner.Oracle, abc.ABC):
             print(f"Reloading Oracle from {self._get_oracle_fname()}")
             self.reload()
 
+    def move_project(self, suffix: str) -> None:
+        """Goes on in a project of the same name with a suffix; nothing in memory changes.
+
+        What is there already, of an earlier run, is replaced.
+        """
+        if not self._on_disk:
+            return
+        self._set_project_dir(self._directory, f"{self._project_name}{suffix}")
+        tf.io.gfile.rmtree(self._project_dir)
+        for trial in self.trials.values():
+            self._save_trial(trial)
+        self.save()
+
     def save(self) -> None:
         """Writes `oracle.json`; nothing when the oracle has no directory."""
         if self._on_disk:
@@ -403,6 +428,7 @@ class GrowthOracle(keras_tuner.Oracle, abc.ABC):
 
     def reload(self) -> None:
         """Reads the project's trials; a step that was cut off is closed as INVALID."""
+        self._check_own_project()
         super().reload()
         # Keras Tuner would run unfinished trials again; the model they were meant for is gone.
         # Trials whose file is younger than oracle.json are in none of its lists.
@@ -416,6 +442,19 @@ class GrowthOracle(keras_tuner.Oracle, abc.ABC):
                 self._save_trial(trial)
             if trial_id not in self.end_order:
                 self.end_order.append(trial_id)
+
+    def _check_own_project(self) -> None:
+        path = self._get_oracle_fname()
+        way_out = "Choose another directory or project_name, or delete it with overwrite=True."
+        try:
+            with tf.io.gfile.GFile(path) as file:
+                known = json.load(file)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"'{path}' is damaged ({error}). {way_out}") from error
+        if "widths" not in known:
+            raise ValueError(
+                f"'{path}' is of another kind of oracle, not of a growth oracle. {way_out}"
+            )
 
     def _save_trial(self, trial: Trial) -> None:
         if not self._on_disk:

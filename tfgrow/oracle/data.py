@@ -40,14 +40,19 @@ def split_data(
     batches = list(islice(batches_of(dataset, BATCH_SIZE, seed), sum(wanted)))
     if len(batches) < sum(wanted):
         batches = _finer(batches, sum(wanted))
-    if len(batches) < 3:
-        raise ValueError(
-            f"The dataset has {len(batches)} samples; a growth step needs at least 3, and many "
-            "more to tell good edits from bad ones."
-        )
+    check_size(len(batches))
     first = max(1, math.floor(len(batches) * learn / sum(wanted)))
     last = max(1, math.floor(len(batches) * held_out / sum(wanted)))
     return GrowthData(batches[:first], batches[first:-last], batches[-last:])
+
+
+def check_size(samples: int) -> None:
+    """Raises ValueError for fewer samples than a growth step has parts."""
+    if samples < 3:
+        raise ValueError(
+            f"The dataset has {samples} samples; a growth step needs at least 3, and many more to "
+            "tell good edits from bad ones."
+        )
 
 
 def _finer(batches: list[Batch], pieces: int) -> list[Batch]:

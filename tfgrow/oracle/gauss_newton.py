@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any
 
 import keras
@@ -11,14 +13,14 @@ import keras
 from tfgrow._checks import require_whole
 from tfgrow.capture.batches import batches_of
 from tfgrow.estimator import SETTLE, GaussNewtonEstimator
-from tfgrow.graph.cost import CostModel, model_flops
+from tfgrow.graph.cost import CostModel
 from tfgrow.graph.nodes import trace
-from tfgrow.graph.sites import find_sites, sites_of
+from tfgrow.graph.sites import Site, sites_of
 from tfgrow.morphisms.base import Candidate
+from tfgrow.morphisms.registry import MORPHISMS, get
 from tfgrow.morphisms.registry import candidates as make_candidates
-from tfgrow.morphisms.registry import get
 from tfgrow.oracle.base import GrowthOracle
-from tfgrow.oracle.data import GrowthData, split_data
+from tfgrow.oracle.data import GrowthData, check_size, split_data
 from tfgrow.oracle.selection import Group, Limits, select
 from tfgrow.types import Cost, Plan
 
@@ -74,6 +76,10 @@ class GaussNewtonOracle(GrowthOracle):
         self.morphisms = tuple([morphisms] if isinstance(morphisms, str) else morphisms)
         for morphism in self.morphisms:
             get(morphism)
+        if not self.morphisms:
+            raise ValueError(f"No morphisms given; expected some of {sorted(MORPHISMS)}.")
+        if not (isinstance(learning_rate, (int, float)) and 0 < learning_rate < math.inf):
+            raise ValueError(f"learning_rate must be a finite number > 0. Found: {learning_rate!r}")
         if curvature not in ("auto", "exact", "sampled", "empirical"):
             raise ValueError(
                 f"Unknown curvature {curvature!r}; expected 'auto', 'exact', 'sampled' or "
@@ -93,8 +99,10 @@ class GaussNewtonOracle(GrowthOracle):
     def check(self, model: keras.Model, data: Any) -> None:
         """Also checks the loss, and one batch of the data against model and loss."""
         super().check(model, data)
-        first = data.learn[0] if isinstance(data, GrowthData) else next(batches_of(data))
-        GaussNewtonEstimator(model, curvature=self.curvature).loss([first])
+        some = data.learn[:1] if isinstance(data, GrowthData) else list(islice(batches_of(data), 3))
+        GaussNewtonEstimator(model, curvature=self.curvature).loss(some[:1])
+        if not isinstance(data, GrowthData):
+            check_size(sum(int(weight.shape[0]) for *_, weight in some))
 
     def split(self, dataset) -> GrowthData:
         """Disjoint batches of a dataset for one growth step."""
@@ -121,12 +129,15 @@ class GaussNewtonOracle(GrowthOracle):
         sites = [site for site in sites_of(model, graph) if site.blocked is None]
         costs = CostModel(graph, sites)
         wanted = self.site_names([site.name for site in sites])
-        limits = self.limits(model.count_params(), costs.base.flops)
+        smallest = min((cost.params for cost in self._smallest(sites, costs)), default=0)
+        limits = self.limits(model.count_params(), costs.base.flops, smallest)
         seed = self.next_seed()
         every = make_candidates(model, self.morphisms, wanted, self.new_units, seed)
         candidates = [candidate for candidate in every if _fits(candidate.cost, limits)]
         if not candidates:
-            return Plan((), 0.0, Cost(), {}, clock.seconds, reason=_why_none(every, limits))
+            costs_alone = [candidate.cost for candidate in every]
+            reason = _why_none(costs_alone, limits)
+            return Plan((), 0.0, Cost(), {}, clock.seconds, reason=reason)
         estimator = GaussNewtonEstimator(model, curvature=self.curvature, seed=seed)
         clock.lap("prepare")
         learned = estimator.learn(
@@ -166,15 +177,27 @@ class GaussNewtonOracle(GrowthOracle):
         reason = super()._why_stopped(model)
         if reason or (self.max_params is None and self.max_flops is None):
             return reason
-        flops = model_flops(trace(model))
+        graph = trace(model)
+        sites = [site for site in sites_of(model, graph) if site.blocked is None]
+        costs = CostModel(graph, sites)
         left = Limits(
-            params=_left(self.max_params, model.count_params()), flops=_left(self.max_flops, flops)
+            params=_left(self.max_params, model.count_params()),
+            flops=_left(self.max_flops, costs.base.flops),
         )
-        names = [site.name for site in find_sites(model) if site.blocked is None]
-        every = make_candidates(model, self.morphisms, self.site_names(names), self.new_units)
-        if any(_fits(candidate.cost, left) for candidate in every):
+        smallest = self._smallest(sites, costs)
+        if any(_fits(cost, left) for cost in smallest):
             return None
-        return f"budget reached: {_why_none(every, left)}"
+        return f"budget reached: {_why_none(smallest, left)}"
+
+    def _smallest(self, sites: Sequence[Site], costs: CostModel) -> list[Cost]:
+        """Per site that may grow, what bringing it to its next allowed width costs."""
+        multiple = self._limits.round_to or 1
+        names = set(self.site_names([site.name for site in sites]))
+        return [
+            costs.extra({site.name: -site.units % multiple or multiple})
+            for site in sites
+            if site.name in names
+        ]
 
 
 class _Clock:
@@ -211,10 +234,10 @@ def _left(budget: int | None, used: int) -> int | None:
     return None if budget is None else max(0, budget - used)
 
 
-def _why_none(every: Sequence[Candidate], limits: Limits) -> str:
+def _why_none(every: Sequence[Cost], limits: Limits) -> str:
     if not every:
         return "there is no candidate"
-    smallest = min((candidate.cost for candidate in every), key=lambda c: (c.params, c.flops))
+    smallest = min(every, key=lambda cost: (cost.params, cost.flops))
     left = [
         f"{limit} {unit}"
         for limit, unit in ((limits.params, "parameters"), (limits.flops, "FLOPs"))

@@ -21,6 +21,10 @@ import numpy as np
 from tfgrow._checks import require_whole
 from tfgrow.types import Cost, Interaction
 
+NEGLIGIBLE = 1e-3
+"""A gain under this share of the best single one is none: a unit that never fires would cost
+parameters and bring nothing."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Group:
@@ -51,6 +55,7 @@ class Limits:
       edits: most candidates it may choose; None is unlimited.
       min_gain_per_param: choosing stops where the marginal gain (loss per sample) per parameter
         (per FLOP when only `flops` is limited) falls under this.
+      step: whether it is the share of one step, not the whole budget, that bounds `params`.
       round_to: the final width of every site it touches is a multiple of this; None or 1 is free.
     """
 
@@ -59,6 +64,7 @@ class Limits:
     edits: int | None = None
     min_gain_per_param: float = 0.0
     round_to: int | None = None
+    step: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("params", 0), ("flops", 0), ("edits", 0), ("round_to", 1)):
@@ -106,8 +112,8 @@ def select(
 
     Each step takes the candidate (with `round_to`: the bundle of candidates that brings one site
     to its next multiple) with the largest gain per unit of cost among those that fit the limits
-    and lower the joint estimate. Candidates that cost nothing go first. Equal inputs give equal
-    selections.
+    and lower the joint estimate noticeably (see `NEGLIGIBLE`). Candidates that cost nothing go
+    first. Equal inputs give equal selections.
 
     Args:
       interaction: the joint quadratic over the `n` candidates.
@@ -171,6 +177,8 @@ class _Search:
         gram = np.asarray(interaction.gram, dtype=np.float64)
         self.gram = 0.5 * (gram + gram.T)  # what a quadratic form sees of a matrix
         self.slope = linear.copy()
+        best_alone = -np.min(linear + 0.5 * np.diag(gram), initial=0.0)
+        self.negligible = NEGLIGIBLE * best_alone
         self.groups = groups
         self.widths = dict(widths)
         self.cost_of = cost_of
@@ -189,7 +197,7 @@ class _Search:
         options = self._options()
         if not options.members:
             return self._why_no_options()
-        lowering = options.change < 0
+        lowering = options.change < -self.negligible
         if not lowering.any():
             return f"no {'further ' if self.chosen else ''}candidate lowers the estimate"
         fits = self._fits(options)
@@ -300,8 +308,11 @@ class _Search:
         return "every candidate is chosen or excluded by a chosen one"
 
     def _why_nothing_fits(self, fits: Mapping[str, np.ndarray]) -> str:
+        limits = self.limits
+        in_all = f"budget of {limits.params} extra parameters reached"
+        in_step = f"growth_per_step allows {limits.params} more parameters in this step"
         words = {
-            "params": f"budget of {self.limits.params} extra parameters reached",
+            "params": in_step if limits.step else in_all,
             "flops": f"budget of {self.limits.flops} extra FLOPs reached",
             "edits": f"limit of {self.limits.edits} edits reached",
         }

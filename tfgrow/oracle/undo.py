@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,8 +20,8 @@ def restored_on_error(oracle: Any, directory: str | None) -> Iterator[None]:
 
     Args:
       oracle: the object. Its dicts, lists and sets are restored, not what is inside of them.
-      directory: where its files are, or None. Files directly inside are restored; directories
-        that the block added (those of trials) are removed.
+      directory: where its files are, or None. Its JSON files are restored, and the directories of
+        trials that the block added are removed; what others keep there is none of its business.
     """
     attributes = {name: _copied(value) for name, value in vars(oracle).items()}
     files = None if directory is None else _read(directory)
@@ -58,8 +59,10 @@ def _write_back(directory: str, files: dict[str, str | None]) -> None:
 
 
 def _names(directory: str) -> list[str]:
+    """What in the directory is the oracle's own."""
     # Some file systems list directories with a slash at the end.
-    return [name.rstrip("/") for name in tf.io.gfile.listdir(directory)]
+    names = (name.rstrip("/") for name in tf.io.gfile.listdir(directory))
+    return [name for name in names if re.match(r"(oracle|widths)\.json|trial_\d+$", name)]
 
 
 def _text(path: str) -> str:

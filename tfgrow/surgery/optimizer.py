@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import keras
 import numpy as np
@@ -178,15 +179,25 @@ def _inherit(
 
 
 def _built_optimizers(model: keras.Model) -> Iterator[keras.optimizers.Optimizer]:
-    """The built optimizers of the model and of models compiled inside it, wrappers included."""
+    """The built optimizers of the model and of models inside it, wrappers included.
+
+    Those that a model keeps in other attributes too: a train step of its own may use several.
+    """
     seen: set[int] = set()
-    for inner in rebuild.inner_models(model):
-        optimizer = getattr(inner, "optimizer", None)
+    kept = [value for inner in rebuild.inner_models(model) for value in vars(inner).values()]
+    for optimizer in (item for value in kept for item in _items(value)):
         while isinstance(optimizer, keras.optimizers.Optimizer) and id(optimizer) not in seen:
             seen.add(id(optimizer))
             if optimizer.built:
                 yield optimizer
             optimizer = getattr(optimizer, "inner_optimizer", None)
+
+
+def _items(value: Any) -> list:
+    """The items of a list or dict, or the value itself."""
+    if isinstance(value, dict):
+        return list(value.values())
+    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def _slot_lists(
