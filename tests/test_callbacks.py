@@ -276,3 +276,93 @@ def test_nan_that_comes_later_is_an_error_and_leaves_the_model():
         fit(model, [growth, Spoil()], arrays(), epochs=1)
     assert_same_bits(state(model), before)
     assert not growth.events
+
+
+def test_deep_copies_keep_files_of_their_own(tmp_path):
+    """As Keras Tuner copies callbacks for every trial: nothing of one overwrites another's."""
+    oracle = Blind(seed=0, directory=tmp_path, project_name="grow")
+    growth = Growth(
+        oracle, arrays(), every=1, tolerance=100.0, verbose=0, journal=str(tmp_path / "j.json")
+    )
+    copies = [copy.deepcopy(growth) for _ in range(2)]
+    for number, twin in enumerate([*copies, growth], start=1):
+        fit(compiled(mlp()), [twin], epochs=1 + number)
+    found = {}
+    for name in ("grow-1", "grow-2", "grow"):
+        again = Blind(seed=0, directory=tmp_path, project_name=name)
+        found[name] = [trial.status for trial in again.trials.values()]
+    assert found == {
+        "grow-1": ["COMPLETED"], "grow-2": ["COMPLETED"] * 2, "grow": ["COMPLETED"] * 3
+    }  # fmt: skip
+    assert [len(tfgrow.Journal.load(tmp_path / f"j{n}.json")) for n in ("-1", "-2", "")] == [
+        1,
+        2,
+        3,
+    ]
+
+
+def test_a_backup_that_could_not_be_restored_is_warned_of(tmp_path):
+    backup = keras.callbacks.BackupAndRestore(tmp_path)
+    with pytest.warns(UserWarning, match=r"BackupAndRestore keeps weights.*load_model"):
+        fit(compiled(mlp()), [backup, blind_growth()], epochs=1)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"tolerance": float("nan")}, {"tolerance": "0"}, {"verbose": "loud"}]
+)
+def test_settings_that_make_no_sense(arguments):
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        Growth(quick_oracle(), arrays(), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "message"),
+    [
+        ((np.ones((2, 4)), np.zeros(2, int)), {}, "has 2 samples"),
+        (arrays(), {"exclude": ".*"}, "leave no site"),
+        (arrays(), {"max_flops": 5}, "more than max_flops=5"),
+    ],
+)
+def test_what_could_never_grow_is_refused_before_training(data, options, message):
+    model = compiled(mlp())
+    before = state(model)
+    with pytest.raises(ValueError, match=message):
+        fit(model, [Growth(quick_oracle(**options), data)], epochs=1)
+    assert_same_bits(state(model), before)
+
+
+def test_the_folder_of_a_journal_is_made(tmp_path):
+    path = tmp_path / "new" / "folder" / "journal.json"
+    fit(compiled(mlp()), [blind_growth(journal=str(path))], epochs=2)
+    assert len(tfgrow.Journal.load(path)) == 1
+
+
+class TwoOptimizers(keras.Model):
+    """Averages the steps of two optimizers; the second is one that `compile` knows nothing of."""
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = self.compute_loss(x, y, self(x, training=True))
+        gradients = tape.gradient(loss, self.trainable_variables)
+        self.optimizer.apply(gradients, self.trainable_variables)
+        self.second.apply(gradients, self.trainable_variables)
+        return {"loss": loss}
+
+
+def test_a_second_optimizer_grows_too():
+    stock = mlp()
+    model = TwoOptimizers(stock.inputs, stock.outputs)
+    model.second = keras.optimizers.Adam(1e-3)
+    model.compile("sgd", logits_loss())
+    fit(model, [blind_growth(morphism="add")], epochs=3)
+    assert model.get_layer("hidden").units == 5
+    assert [tuple(v.shape) for v in model.second._momentums] == [
+        tuple(v.shape) for v in model.trainable_variables
+    ]
+
+
+def test_two_growths_of_one_fit_add_up():
+    first, second = blind_growth(), blind_growth(morphism="add")
+    history = fit(compiled(mlp()), [first, second], epochs=3).history
+    assert history["tfgrow_events"] == [0, 2, 4]

@@ -143,6 +143,24 @@ def test_cut_off_while_estimating(tmp_path, monkeypatch, spoil):
     check_cut_off(quick_oracle(directory=tmp_path), tmp_path, monkeypatch, spoil)
 
 
+def test_files_of_others_in_the_projects_folder_are_left_alone(tmp_path, monkeypatch):
+    """A checkpoint beside the oracle's files, binary and changing, is not for it to read."""
+    oracle = Blind(seed=0, directory=tmp_path, project_name="run")
+    model = compiled(mlp())
+    growth = Growth(oracle, arrays(), every=1, tolerance=100.0, verbose=0)
+    save = keras.callbacks.ModelCheckpoint(tmp_path / "run" / "model.keras")
+    fit(model, [growth, save], epochs=3)
+    assert [event.status for event in growth.events] == ["applied"] * 2
+    written = (tmp_path / "run" / "model.keras").read_bytes()
+    (tmp_path / "run" / "notes.bin").write_bytes(b"\x8d\xff")
+    with monkeypatch.context() as spoiled:
+        in_guard(spoiled)
+        with pytest.raises(KeyboardInterrupt):
+            fit(model, [growth], epochs=1)
+    assert (tmp_path / "run" / "model.keras").read_bytes() == written
+    assert (tmp_path / "run" / "notes.bin").read_bytes() == b"\x8d\xff"
+
+
 KILLED = """
 import os, signal, sys
 import keras, numpy as np

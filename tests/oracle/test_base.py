@@ -361,6 +361,18 @@ def test_a_step_cut_off_is_closed_on_reload(model, tmp_path, oracle_file_lost):
     assert again.start_order == again.end_order == ["0000", "0001", "0002"]
 
 
+@pytest.mark.parametrize(
+    ("text", "message"), [('{"a":', "is damaged"), ('{"a": 1}', "is of another kind of oracle")]
+)
+def test_a_project_that_is_damaged_or_not_ours_is_left_alone(tmp_path, text, message):
+    path = tmp_path / "growth/oracle.json"
+    path.parent.mkdir()
+    path.write_text(text)
+    with pytest.raises(ValueError, match=rf"oracle.json' {message}.*overwrite=True"):
+        Scripted(**project(tmp_path))
+    assert path.read_text() == text
+
+
 def test_overwrite_starts_anew(model, tmp_path):
     step(Scripted([plan_of(), plan_of()], **project(tmp_path)), model)
     again = Scripted([plan_of()], **project(tmp_path, overwrite=True))

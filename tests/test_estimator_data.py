@@ -1,0 +1,252 @@
+"""Data in every form that `fit` takes: the estimate sees what Keras sees, or says why not."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+
+import tfgrow
+from tests.cases import randomize
+
+LOSS = "sparse_categorical_crossentropy"
+rng = np.random.default_rng(0)
+
+
+def classifier(*tail, features=6, activation="relu"):
+    """Dense 4 - Dense 3 with softmax, then `tail`; compiled."""
+    keras.utils.set_random_seed(0)
+    hidden = layers.Dense(4, activation, name="hidden")
+    stock = keras.Sequential(
+        [keras.Input((features,)), hidden, layers.Dense(3, "softmax", name="out"), *tail]
+    )
+    return compiled(stock)
+
+
+def compiled(stock, loss=LOSS):
+    randomize(stock)
+    model = tfgrow.convert(stock)
+    model.compile("sgd", loss, weighted_metrics=[])
+    return model
+
+
+def points(samples=24, features=6, classes=3):
+    x = rng.normal(size=(samples, features)).astype("float32")
+    return x, rng.integers(0, classes, samples)
+
+
+def small(candidates, scale=0.1):
+    """The candidates with so little theta that the estimate must be the truth."""
+    return [tfgrow.Candidate.replace(c, theta=_times(c.theta, scale)) for c in candidates]
+
+
+def _times(theta, scale):
+    return {name: value * np.float32(scale) for name, value in theta.items()}
+
+
+def assert_as_keras_has_it(model, data, curvature="exact"):
+    """Loss as by `evaluate`, small edits as they really are, forward mode as reverse mode."""
+    x, y, *weights = data
+    estimator = tfgrow.GaussNewtonEstimator(model, curvature=curvature)
+    expected = model.evaluate(x, y, sample_weight=weights[0] if weights else None, verbose=0)
+    np.testing.assert_allclose(estimator.loss(data), expected, rtol=1e-5)
+    splits = small(tfgrow.candidates(model, "split"))
+    scores = estimator.score(splits, data)
+    truths = [tfgrow.measure_change(model, [split], data) for split in splits]
+    np.testing.assert_allclose(scores, truths, atol=0.05 * np.abs(truths).max() + 2e-7)
+    if curvature == "exact":
+        joint = estimator.interaction(splits, data).change()
+        np.testing.assert_allclose(estimator.joint_change(splits, data), joint, rtol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(24,), (24, 1)])
+def test_weights_of_samples(shape):
+    data = (*points(), rng.uniform(0.1, 2.0, shape))
+    assert_as_keras_has_it(classifier(), data)
+
+
+@pytest.mark.parametrize("steps", [7, 24])
+@pytest.mark.parametrize("curvature", ["exact", "empirical"])
+def test_weights_of_time_steps(steps, curvature):
+    """Also where there are as many steps as samples, which could be taken for each other."""
+    keras.utils.set_random_seed(0)
+    model = compiled(
+        keras.Sequential(
+            [
+                keras.Input((steps, 2)),
+                layers.Conv1D(4, 3, padding="same", activation="tanh", name="hidden"),
+                layers.Conv1D(3, 3, padding="same", activation="softmax", name="out"),
+            ]
+        )
+    )
+    x = rng.normal(size=(24, steps, 2)).astype("float32")
+    y, weights = rng.integers(0, 3, (24, steps)), rng.uniform(0.1, 2.0, (24, steps))
+    assert_as_keras_has_it(model, (x, y, weights), curvature)
+    estimator = tfgrow.GaussNewtonEstimator(model)
+    with pytest.raises(ValueError, match=r"Sample weights of shape .*5.* don't fit"):
+        estimator.loss((x, y, weights[:, :5]))
+
+
+@pytest.mark.parametrize(
+    "tail",
+    [
+        layers.Activation("linear", dtype="float32"),
+        layers.Dropout(0.5),
+        layers.Reshape((3,)),
+        layers.Identity(),
+    ],
+    ids=lambda layer: layer.name,
+)
+def test_what_changes_nothing_behind_a_softmax_is_looked_through(tail):
+    plain, data = classifier(), points()
+    tailed = classifier(type(tail).from_config(tail.get_config()))
+    gram = [
+        tfgrow.GaussNewtonEstimator(model, curvature="exact")
+        .interaction(tfgrow.candidates(model, "split"), data)
+        .gram
+        for model in (plain, tailed)
+    ]
+    np.testing.assert_allclose(gram[1], gram[0], rtol=1e-4, atol=1e-7)
+
+
+def test_inputs_of_a_dict_are_read_by_name():
+    second, first = keras.Input((2,), name="b"), keras.Input((2,), name="a")
+    x = layers.Concatenate()([layers.Dense(2)(second), first])
+    model = compiled(keras.Model([second, first], layers.Dense(1)(layers.Dense(3)(x))), "mse")
+    values = {name: rng.normal(size=(8, 2)).astype("float32") for name in ("a", "b", "unused")}
+    y = rng.normal(size=(8, 1))
+    estimator = tfgrow.GaussNewtonEstimator(model)
+    expected = model.evaluate([values["b"], values["a"]], y, verbose=0)
+    np.testing.assert_allclose(estimator.loss((values, y)), expected, rtol=1e-5)
+
+
+def test_a_single_output_may_have_a_name():
+    inputs = keras.Input((6,))
+    outputs = {"score": layers.Dense(1)(layers.Dense(3, "tanh")(inputs))}
+    model = compiled(keras.Model(inputs, outputs), {"score": "mse"})
+    x, y = points()[0], rng.normal(size=(24, 1))
+    assert_as_keras_has_it(model, (x, {"score": y}))
+    assert tfgrow.GaussNewtonEstimator(model).loss((x, y)) > 0
+
+
+def test_maps_of_one_position_before_a_global_maximum():
+    keras.utils.set_random_seed(0)
+    parts = [layers.Conv2D(3, 3), layers.MaxPooling2D(2), layers.Conv2D(4, 3)]
+    parts += [layers.GlobalMaxPooling2D(), layers.Dense(3, "softmax")]
+    model = compiled(keras.Sequential([keras.Input((8, 8, 3)), *parts]))
+    data = rng.normal(size=(24, 8, 8, 3)).astype("float32"), points()[1]
+    estimator = tfgrow.GaussNewtonEstimator(model)
+    learned = estimator.learn(tfgrow.candidates(model, "add", new_units=1), data, steps=1)
+    assert (estimator.score(learned, data) < 0).all()
+
+
+def test_images_of_several_sizes_in_one_dataset():
+    keras.utils.set_random_seed(0)
+    parts = [layers.Conv2D(3, 3, activation="relu"), layers.MaxPooling2D(2), layers.Conv2D(4, 3)]
+    parts += [layers.GlobalAveragePooling2D(), layers.Dense(3, "softmax")]
+    model = compiled(keras.Sequential([keras.Input((None, None, 3)), *parts]))
+    data = [
+        (rng.normal(size=(n, height, 9, 3)).astype("float32"), rng.integers(0, 3, n))
+        for n, height in ((4, 8), (4, 10), (3, 12))
+    ]
+    estimator = tfgrow.GaussNewtonEstimator(model)
+    learned = estimator.learn(tfgrow.candidates(model, new_units=1), data, steps=2)
+    scores = estimator.score(small(learned, 0.3), data)
+    truths = [tfgrow.measure_change(model, [c], data) for c in small(learned, 0.3)]
+    np.testing.assert_allclose(scores, truths, atol=0.1 * np.abs(truths).max())
+
+
+class Endless(keras.utils.PyDataset):
+    num_batches = None
+
+    def __getitem__(self, index):
+        return points()
+
+
+def test_endless_datasets_are_learned_on_and_never_summed():
+    model = classifier()
+    estimator = tfgrow.GaussNewtonEstimator(model)
+    assert len(estimator.learn(tfgrow.candidates(model), Endless(), steps=1)) == 8
+    with pytest.raises(ValueError, match="repeats for ever"):
+        estimator.loss(Endless())
+
+
+def test_truth_is_measured_in_float32_under_mixed_precision():
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    model, data = classifier(), points()
+    nothing = small(tfgrow.candidates(model, "split"), 0.0)
+    assert abs(tfgrow.measure_change(model, nothing[:1], data)) < 1e-6
+    assert model.layers[0].compute_dtype == "bfloat16"
+
+
+# ---- what makes no sense --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "message"),
+    [
+        (lambda x, y: (x, y, -np.ones(24)), ValueError, "Sample weights must be >= 0; found -1"),
+        (lambda x, y: (x, y + 1), ValueError, "labels 1 to 3, .*outputs for the classes 0 to 2"),
+        (lambda x, y: (x * np.nan, y), ValueError, "loss on the estimation data is not finite"),
+        (lambda x, y: (x[:, :3], y), ValueError, r"samples have shape \(3,\)"),
+        (lambda x, y: (x.tolist(), y), TypeError, "Expected .x, y. as arrays"),
+    ],
+    ids=["weights", "labels", "nan", "shape", "lists"],
+)
+def test_bad_data_is_refused_by_estimate_and_truth(spoil, error, message):
+    x, _ = points()
+    data = spoil(x, np.arange(24) % 3)
+    model = classifier(activation="tanh")  # TensorFlow's ReLU swallows NaN
+    split = tfgrow.candidates(model, "split")[:1]
+    with pytest.raises(error, match=message):
+        tfgrow.GaussNewtonEstimator(model).score(split, data)
+    with pytest.raises(error, match=message):
+        tfgrow.measure_change(model, split, data)
+
+
+@pytest.mark.parametrize("steps", [-1, 1.5])
+def test_numbers_of_steps(steps):
+    model = classifier()
+    with pytest.raises(ValueError, match="steps must be a whole number >= 0"):
+        tfgrow.GaussNewtonEstimator(model).learn(tfgrow.candidates(model), points(), steps=steps)
+
+
+def test_a_stock_model_has_no_candidates_and_the_way_out_is_named():
+    stock = keras.Sequential([keras.Input((6,)), layers.Dense(3), layers.Dense(1)])
+    with pytest.raises(ValueError, match=r"Nothing in model .* can grow.*tfgrow.convert\(model\)"):
+        tfgrow.candidates(stock)
+
+
+# ---- steps that stay bounded ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "loss", [keras.losses.Huber(1.0), lambda y, z: tf.reduce_mean(tf.abs(y - z), axis=-1)]
+)
+def test_losses_without_curvature_on_the_data(loss):
+    """Far from the target they are linear: no minimum, but no step beyond what there is to gain."""
+    keras.utils.set_random_seed(0)
+    parts = [layers.Dense(4, "relu"), layers.Dense(1)]
+    model = tfgrow.convert(keras.Sequential([keras.Input((6,)), *parts]))
+    model.compile("sgd", loss)
+    x, _ = points(200)
+    data = x, 50 + 10 * np.sin(x[:, :1])
+    estimator = tfgrow.GaussNewtonEstimator(model)
+    learned = estimator.learn(tfgrow.candidates(model, "add", new_units=2), data, steps=3)
+    before = estimator.loss(data)
+    assert (estimator.score(learned, data) > -0.6 * before).all()
+    assert min(tfgrow.measure_change(model, [c], data) for c in learned) < -0.05 * before
+
+
+def test_a_unit_that_hardly_fires_gets_no_wild_weights():
+    """It fires on one sample of 200, which its outgoing weights alone could fit perfectly."""
+    model = classifier(features=2)
+    x = rng.normal(size=(200, 2)).astype("float32")
+    x[0] = (40.0, 0.0)
+    y = np.zeros(200, int)
+    y[0] = 1
+    add = tfgrow.candidates(model, "add", new_units=1)[0]
+    rare = {**add.theta, "kernel": np.float32([1.0, 0.0]), "bias": np.float32(-39.9)}
+    estimator = tfgrow.GaussNewtonEstimator(model, curvature="exact")
+    learned = estimator.learn([add.replace(theta=rare)], (x, y), steps=0)
+    assert np.abs(learned[0].theta["phi/0"]).max() < 20
