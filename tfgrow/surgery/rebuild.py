@@ -25,6 +25,7 @@ from keras.src import backend
 from keras.src.models.functional import Functional
 from keras.src.ops.node import Node
 from keras.src.utils.tracking import Tracker
+from tensorflow.python.framework import ops as tf_ops
 from tensorflow.python.trackable.data_structures import ListWrapper, _DictWrapper
 
 from tfgrow.types import LayerChange, VariableChange
@@ -175,6 +176,31 @@ def renew_functions(model: keras.Model) -> None:
             inner.make_test_function(force=True)
         # `predict` makes its own function whenever there is none.
         inner.predict_function = None
+    _forget_train_graphs()
+
+
+def _forget_train_graphs() -> None:
+    """Lets go of the graphs of train steps, of which TensorFlow would keep every one ever traced.
+
+    Optimizers sum gradients by an operation with a gradient of its own, which a global registry
+    holds, and with it the graph that it was traced in. What is traced already needs it no more.
+    """
+    registered = tf_ops.gradient_registry._registry
+    for name in [name for name in registered if name.startswith("CustomGradient-")]:
+        graph = _traced_in(registered[name]["type"])
+        if getattr(graph, "name", None) == "one_step_on_data":  # Keras's name for a train step
+            del registered[name]
+
+
+def _traced_in(function: Any) -> Any:
+    """The graph of the first tensor that a function, or one it closes over, holds on to."""
+    for cell in getattr(function, "__closure__", None) or ():
+        with contextlib.suppress(ValueError):  # a cell that is still empty
+            for item in tf.nest.flatten(cell.cell_contents):
+                graph = getattr(item, "graph", None) or _traced_in(item)
+                if graph is not None:
+                    return graph
+    return None
 
 
 # TensorFlow wraps lists and dicts that are set as attributes while Keras does not track them (those
