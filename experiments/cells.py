@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 ARMS = ("grown", "same_epochs", "same_time")
-ENDLESS = 100_000
-"""Epochs of a training that its clock ends."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +153,7 @@ def _from_scratch(cell: Cell, data: Any, grown: Mapping[str, Any]) -> tuple[Any,
     if cell.arm == "same_epochs":
         return training.train(model, data, _recipe(cell, grown["epochs"])), grown["epochs"]
     clock = _until_time_is_up(grown["seconds"], cell.settings["learning_rate"])
-    recipe = dataclasses.replace(_recipe(cell, ENDLESS), decay="constant")
+    recipe = dataclasses.replace(_recipe(cell, training.ENDLESS), decay="constant")
     trained = training.train(model, data, recipe, [clock])
     return trained, len(trained.history["loss"])
 

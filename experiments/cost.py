@@ -31,6 +31,7 @@ from absl import app, flags
 
 import tfgrow
 from experiments import datasets, models, tables
+from experiments._messages import in_words
 from experiments.progress import Progress
 from experiments.rival import RivalTimes, time_rival
 
@@ -380,20 +381,31 @@ def network(data: datasets.Dataset, factor: float, options: Any) -> keras.Model:
 
 def _widths(data: datasets.Dataset, options) -> list[int]:
     if options.widths:
-        return [int(width) for width in options.widths]
+        return models.parse_widths(options.widths)
     if options.model == "mlp":
         return list(models.VARIANTS["mlp"].widths)
     return list(CIFAR_WIDTHS if min(data.input_shape[:2]) >= 28 else SMALL_WIDTHS)
 
 
-def run(options: Any) -> dict[str, Any]:
-    """Measures, prints and writes; `options` are the values of the flags, as attributes."""
+def prepare(options: Any) -> datasets.Dataset:
+    """The data, after everything that the flags name has been made once.
+
+    Raises:
+      ValueError, ImportError, OSError: a setting that can't be, in words for the user.
+    """
     data = datasets.load(
         options.dataset, options.data_dir, seed=options.seed, max_train=options.max_train
     )
+    make_oracle(options)
+    network(data, 1.0, options)
+    Path(options.output_dir).mkdir(parents=True, exist_ok=True)
+    return data
+
+
+def run(options: Any, data: datasets.Dataset) -> dict[str, Any]:
+    """Measures, prints and writes; `options` are the values of the flags, as attributes."""
     result = measure(data, lambda factor: network(data, factor, options), options)
     folder = Path(options.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / "cost.json").write_text(json.dumps(result, indent=1))
     report(result)
     print(f"all figures: {folder / 'cost.json'}")
@@ -438,7 +450,9 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"Unknown arguments: {argv[1:]}. Flags start with --.")
     # Many small networks are traced on purpose; TensorFlow takes that for a mistake.
     tf.get_logger().setLevel("ERROR")
-    run(flags.FLAGS)
+    with in_words("experiments.cost"):
+        data = prepare(flags.FLAGS)
+    run(flags.FLAGS, data)
 
 
 if __name__ == "__main__":

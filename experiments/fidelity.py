@@ -24,6 +24,7 @@ from absl import app, flags
 
 import tfgrow
 from experiments import datasets, figures, models, tables
+from experiments._messages import in_words
 from experiments.expanded import Arrays, true_changes
 from experiments.measures import agreement
 from experiments.progress import Progress
@@ -230,7 +231,7 @@ def _epochs(options: Any) -> int:
 
 def _widths(net: str, data: datasets.Dataset, given: list[str] | None) -> list[int] | None:
     if given:
-        return [int(width) for width in given]
+        return models.parse_widths(given)
     if net == "mlp":
         return None
     return list(CIFAR_WIDTHS if min(data.input_shape[:2]) >= 28 else SMALL_WIDTHS)
@@ -252,19 +253,37 @@ def report(net: str, result: dict[str, Any], folder: Path) -> None:
         print(f"picture: {path}")
 
 
-def run(options: Any) -> dict[str, Any]:
+def prepare(options: Any) -> datasets.Dataset:
+    """The data, after everything that the flags name has been made once.
+
+    Raises:
+      ValueError, ImportError, OSError: a setting that can't be, in words for the user.
+    """
+    data = datasets.load(options.dataset, options.data_dir, seed=options.seed)
+    for net in options.nets:
+        widths = _widths(net, data, options.widths)
+        models.build(net, data.input_shape, data.num_classes, widths, options.seed)
+    folder = Path(options.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "fidelity.json").exists() and not options.overwrite:
+        raise ValueError(
+            f"'{folder}' holds an earlier run. Choose another --output_dir, or say --overwrite."
+        )
+    return data
+
+
+def run(options: Any, data: datasets.Dataset) -> dict[str, Any]:
     """Checks every network and writes what came of it.
 
     Args:
       options: the values of the flags, as attributes.
+      data: from `prepare`.
 
     Returns:
       What `fidelity.json` holds.
     """
-    data = datasets.load(options.dataset, options.data_dir, seed=options.seed)
     settings = Settings(options.samples, options.steps, options.new_units, options.seed)
     folder = Path(options.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {}
     about = {**dataclasses.asdict(settings), "dataset": options.dataset, "epochs": _epochs(options)}
     for net in options.nets:
@@ -295,13 +314,14 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
             0,
         ),
         ("samples", 2048, "Samples that estimates and truth are taken on.", 1),
-        ("steps", 50, "Learning steps of theta, a batch of 256 each.", 0),
+        ("steps", 50, "Learning steps of theta, a batch of 256 each.", 1),
         ("new_units", 4, "Added units tried per layer.", 1),
         ("seed", 0, "Of everything random.", 0),
     ):
         flags.DEFINE_integer(name, number, text, least, flag_values=values)
     flags.DEFINE_list("nets", ["vgg"], f"Networks to check, of {known}.", flag_values=values)
     flags.DEFINE_list("widths", None, "Units per layer; default by image size.", flag_values=values)
+    flags.DEFINE_bool("overwrite", False, "Replace an earlier run.", flag_values=values)
 
     @flags.validator("nets", f"expected some of {known}", flag_values=values)
     def _known(nets):
@@ -320,7 +340,9 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"Unknown arguments: {argv[1:]}. Flags start with --.")
     # Many small networks are traced on purpose; TensorFlow takes that for a mistake.
     tf.get_logger().setLevel("ERROR")
-    run(flags.FLAGS)
+    with in_words("experiments.fidelity"):
+        data = prepare(flags.FLAGS)
+    run(flags.FLAGS, data)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ pictures (growth.png, estimates.png) and the oracle's Keras Tuner project (oracl
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import platform
 import sys
@@ -21,6 +22,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from absl import app, flags, logging
+
+from experiments._messages import in_words, stopped_cleanly
 
 # Before TensorFlow is imported, which happens once the flags have been found to make sense.
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
@@ -184,6 +187,13 @@ def _widths_are_whole(widths: list[str] | None) -> bool:
     return widths is None or all(text.strip().isdigit() and int(text) > 0 for text in widths)
 
 
+@flags.multi_flags_validator(
+    ["learning_rate", "settle", "growth_per_step", "min_gain_per_param"], "expected numbers."
+)
+def _no_nan(given: Mapping[str, float | None]) -> bool:
+    return all(value is None or math.isfinite(value) for value in given.values())
+
+
 @flags.validator("run", message="expected the name of one folder, such as --run=digits-wide.")
 def _run_is_a_name(run: str | None) -> bool:
     return run is None or (run == os.path.basename(run) and run not in ("", ".", ".."))
@@ -217,12 +227,15 @@ def prepare(chosen: Mapping[str, Any]) -> Job:
     """Builds what the run needs, cheapest checks first.
 
     Raises:
-      ValueError, ImportError: a setting that can't be, in words for the user.
+      ValueError, ImportError, OSError: a setting that can't be, in words for the user.
     """
     import keras
 
     from experiments import datasets, reports, training
 
+    if chosen["epochs"] < 2:
+        raise ValueError("it grows between epochs, so it needs --epochs=2 or more.")
+    os.makedirs(chosen["output_dir"], exist_ok=True)
     path = os.path.join(chosen["output_dir"], chosen["run"])
     target = reports.check_free(path, chosen["overwrite"])
     recipe = training.Recipe(**{name: chosen[name] for name in RECIPE_FLAGS})
@@ -338,11 +351,10 @@ def main(arguments: list[str]) -> None:
     if not FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # warnings, not the libraries' notes
     chosen = settings()
-    try:
-        job = prepare(chosen)
-    except (ValueError, ImportError) as error:
-        sys.exit(f"experiments.grow: {error}")
-    run(job, chosen)
+    with stopped_cleanly("experiments.grow"):
+        with in_words("experiments.grow"):
+            job = prepare(chosen)
+        run(job, chosen)
 
 
 if __name__ == "__main__":

@@ -59,6 +59,17 @@ VARIANTS = {
 }
 
 
+def parse_widths(texts: Sequence[str]) -> list[int]:
+    """Units per layer as a flag gives them.
+
+    Raises:
+      ValueError: one of them is no whole number of at least 1.
+    """
+    if not all(text.strip().isdigit() and int(text) > 0 for text in texts):
+        raise ValueError(f"--widths takes whole numbers >= 1 such as 4,4,8,8. Found: {texts}")
+    return [int(text) for text in texts]
+
+
 def variants() -> tuple[str, ...]:
     """Names that `build` knows."""
     return tuple(VARIANTS)

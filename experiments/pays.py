@@ -22,6 +22,7 @@ from typing import Any
 
 from absl import app, flags
 
+from experiments._messages import in_words
 from experiments.cells import ARMS, Cell, in_fresh_process, load
 
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
@@ -123,15 +124,13 @@ def main(arguments: list[str]) -> None:
     settings, seeds = _settings(), range(FLAGS.seeds)
     results: dict[tuple[str, int], dict[str, Any]] = {}
     cells = [Cell(arm, seed, settings) for seed in seeds for arm in ARMS]
-    try:
+    with in_words("experiments.pays"):
         finished = {(cell.arm, cell.seed): load(cell) for cell in cells}
-    except ValueError as error:
-        sys.exit(f"experiments.pays: {error}")
-    for cell in cells:
-        print(f"{cell.arm}, seed {cell.seed}: {cell.path}", flush=True)
-        grown = None if cell.arm == "grown" else results["grown", cell.seed]
-        done = finished[cell.arm, cell.seed]
-        results[cell.arm, cell.seed] = done or in_fresh_process(cell, grown)
+        for cell in cells:
+            print(f"{cell.arm}, seed {cell.seed}: {cell.path}", flush=True)
+            grown = None if cell.arm == "grown" else results["grown", cell.seed]
+            done = finished[cell.arm, cell.seed]
+            results[cell.arm, cell.seed] = done or in_fresh_process(cell, grown)
     show(results, seeds)
 
 

@@ -18,6 +18,8 @@ from experiments.datasets import Dataset
 
 LOSS = "sparse_categorical_crossentropy"
 EVALUATION_BATCH = 256
+ENDLESS = 100_000
+"""Epochs of a training that its clock ends."""
 
 OPTIMIZERS = {
     "adagrad": keras.optimizers.Adagrad,
@@ -214,8 +216,9 @@ class EpochLines(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         logs = logs or {}
         total = self.params["epochs"]
+        number = f"{epoch + 1:{len(str(total))}}/{total}" if total < ENDLESS else f"{epoch + 1:3}"
         print(
-            f"epoch {epoch + 1:{len(str(total))}}/{total}  loss {logs['loss']:.4f}  "
+            f"epoch {number}  loss {logs['loss']:.4f}  "
             f"val_loss {logs['val_loss']:.4f}  val_accuracy {logs['val_accuracy']:.4f}  "
             f"parameters {self.model.count_params():,}  {time.perf_counter() - self._clock:.1f} s",
             flush=True,

@@ -10,6 +10,7 @@ from absl import flags
 
 import tfgrow
 from experiments import cost, expanded, rival
+from experiments._messages import in_words
 from experiments.rival import RivalTimes
 
 
@@ -117,7 +118,7 @@ def test_all_parts_in_one_run(tmp_path):
         "--model=mlp", "--widths=2,2", "--max_train=256", "--batch_size=32", "--epochs=2",
         "--every=1", "--repeats=1", f"--output_dir={tmp_path}",
     )  # fmt: skip
-    result = cost.run(options)
+    result = cost.run(options, cost.prepare(options))
     assert json.loads((tmp_path / "cost.json").read_text()) == result
     readings, details = result["readings"], result["details"]
     assert set(cost.GOALS) <= set(readings)
@@ -185,3 +186,19 @@ def test_table_says_what_is_met():
 def test_bad_flags(argument):
     with pytest.raises(flags.IllegalFlagValueError, match=argument[2:].split("=")[0]):
         parse(argument)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dataset=nowhere_at_all"], "nowhere_at_all"),
+        (["--morphisms=split,ad"], "Unknown morphism 'ad'"),
+        (["--widths=a,b"], "--widths takes whole numbers"),
+    ],
+)
+def test_settings_that_cannot_be_are_said_in_words(tmp_path, arguments, message):
+    options = parse(*arguments, f"--output_dir={tmp_path}/new")
+    said = pytest.raises(SystemExit, match=f"experiments.cost: .*{message}")
+    with said, in_words("experiments.cost"):
+        cost.prepare(options)
+    assert not (tmp_path / "new").exists()

@@ -113,6 +113,13 @@ def parse(module, *arguments):
     return values
 
 
+def test_an_earlier_run_is_not_overwritten(tmp_path):
+    (tmp_path / "fidelity.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds an earlier run"):
+        fidelity.prepare(parse(fidelity, f"--output_dir={tmp_path}"))
+    fidelity.prepare(parse(fidelity, f"--output_dir={tmp_path}", "--overwrite"))
+
+
 def test_run_on_a_tiny_network(tmp_path):
     """One test, for the run takes seconds: every channel read, and all of it written."""
     seed = tmp_path / "seed.keras"
@@ -121,7 +128,7 @@ def test_run_on_a_tiny_network(tmp_path):
         "--nets=mlp", "--widths=4,3", "--epochs=2", "--samples=256", "--steps=3", "--new_units=1",
         f"--output_dir={tmp_path}", f"--model_file={seed}",
     )  # fmt: skip
-    result = fidelity.run(options)["mlp"]
+    result = fidelity.run(options, fidelity.prepare(options))["mlp"]
 
     splits, adds = result["splits"], result["adds"]
     assert splits["sites"] == ["dense1"] * 4 + ["dense2"] * 3

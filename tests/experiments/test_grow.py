@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -137,6 +138,9 @@ def test_a_failed_run_changes_nothing(tmp_path):
     ("changes", "message"),
     [
         ({"morphisms": ["melt"]}, "Unknown morphism 'melt'"),
+        ({"morphisms": []}, "No morphisms given"),
+        ({"max_flops": 5}, "more than max_flops=5"),
+        ({"epochs": 1}, "needs --epochs=2 or more"),
         ({"max_params": 100}, "has 261 parameters, more than max_params=100"),
         ({"include": ["conv.*"]}, r"conv\.\*"),
         ({"dataset": "cifar1O", "data_dir": "/nowhere"}, "Unknown dataset 'cifar1O'"),
@@ -150,7 +154,16 @@ def test_settings_that_cannot_be(tmp_path, changes, message):
 
 @pytest.mark.parametrize(
     "argument",
-    ["--widths=4,0", "--widths=a", "--model=vgg19", "--run=../other", "--epochs=0", "--settle=1.5"],
+    [
+        "--widths=4,0",
+        "--widths=a",
+        "--model=vgg19",
+        "--run=../other",
+        "--epochs=0",
+        "--settle=1.5",
+        "--settle=nan",
+        "--learning_rate=nan",
+    ],
 )
 def test_flags_that_cannot_be(argument):
     with flagsaver.flagsaver(), pytest.raises(flags.IllegalFlagValueError):
@@ -197,6 +210,24 @@ def test_errors_come_as_one_line(tmp_path):
     ended = run_binary("grow", f"--output_dir={tmp_path}", "--morphisms=melt")
     assert ended.returncode == 1
     assert ended.stderr.splitlines()[-1].startswith("experiments.grow: Unknown morphism 'melt'")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_leaves_nothing_and_says_no_more_than_a_line(tmp_path, number):
+    """As by `kill` or Ctrl-C, while it trains."""
+    command = [sys.executable, "-m", "experiments.grow", "--epochs=200"]
+    command.append(f"--output_dir={tmp_path}")
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as running:
+        for line in running.stdout:
+            if line.startswith("epoch"):
+                break
+        running.send_signal(number)
+        _, said = running.communicate(timeout=60)
+    assert running.returncode == {signal.SIGTERM: 143, signal.SIGINT: 130}[number]
+    assert "Traceback" not in said
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
