@@ -7,6 +7,8 @@ import signal
 import sys
 from collections.abc import Iterator
 
+from absl import flags, logging
+
 INTERRUPTED = 130
 TERMINATED = 143
 
@@ -22,6 +24,12 @@ def in_words(program: str) -> Iterator[None]:
         yield
     except (ValueError, ImportError, OSError) as error:
         sys.exit(f"{program}: {error}")
+
+
+def quiet_logs() -> None:
+    """Shows warnings of the libraries, not their notes, unless `--verbosity` says otherwise."""
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)
 
 
 @contextlib.contextmanager

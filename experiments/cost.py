@@ -31,7 +31,7 @@ from absl import app, flags
 
 import tfgrow
 from experiments import datasets, models, tables
-from experiments._messages import in_words
+from experiments._messages import in_words, quiet_logs
 from experiments.progress import Progress
 from experiments.rival import RivalTimes, time_rival
 
@@ -450,6 +450,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"Unknown arguments: {argv[1:]}. Flags start with --.")
     # Many small networks are traced on purpose; TensorFlow takes that for a mistake.
     tf.get_logger().setLevel("ERROR")
+    quiet_logs()
     with in_words("experiments.cost"):
         data = prepare(flags.FLAGS)
     run(flags.FLAGS, data)

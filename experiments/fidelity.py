@@ -24,7 +24,7 @@ from absl import app, flags
 
 import tfgrow
 from experiments import datasets, figures, models, tables
-from experiments._messages import in_words
+from experiments._messages import in_words, quiet_logs
 from experiments.expanded import Arrays, true_changes
 from experiments.measures import agreement
 from experiments.progress import Progress
@@ -340,6 +340,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"Unknown arguments: {argv[1:]}. Flags start with --.")
     # Many small networks are traced on purpose; TensorFlow takes that for a mistake.
     tf.get_logger().setLevel("ERROR")
+    quiet_logs()
     with in_words("experiments.fidelity"):
         data = prepare(flags.FLAGS)
     run(flags.FLAGS, data)

@@ -21,9 +21,9 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from absl import app, flags, logging
+from absl import app, flags
 
-from experiments._messages import in_words, stopped_cleanly
+from experiments._messages import in_words, quiet_logs, stopped_cleanly
 
 # Before TensorFlow is imported, which happens once the flags have been found to make sense.
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
@@ -348,8 +348,7 @@ def main(arguments: list[str]) -> None:
     """Checks the flags, then runs."""
     if len(arguments) > 1:
         raise app.UsageError(f"Unexpected arguments {arguments[1:]}; settings are --flags.")
-    if not FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # warnings, not the libraries' notes
+    quiet_logs()
     chosen = settings()
     with stopped_cleanly("experiments.grow"):
         with in_words("experiments.grow"):

@@ -22,7 +22,7 @@ from typing import Any
 
 from absl import app, flags
 
-from experiments._messages import in_words
+from experiments._messages import in_words, quiet_logs
 from experiments.cells import ARMS, Cell, in_fresh_process, load
 
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
@@ -121,6 +121,7 @@ def main(arguments: list[str]) -> None:
     """Runs the cells that are missing, seed by seed, and prints all."""
     if len(arguments) > 1:
         raise app.UsageError(f"Unexpected arguments {arguments[1:]}; settings are --flags.")
+    quiet_logs()
     settings, seeds = _settings(), range(FLAGS.seeds)
     results: dict[tuple[str, int], dict[str, Any]] = {}
     cells = [Cell(arm, seed, settings) for seed in seeds for arm in ARMS]

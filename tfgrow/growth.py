@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import keras
 import numpy as np
@@ -20,16 +20,18 @@ from tfgrow.surgery.apply import apply_edits
 from tfgrow.types import GrowthEvent
 
 
-def apply(model: keras.Model, candidates: Sequence[Candidate]) -> GrowthEvent:
+def apply(model: keras.Model, candidates: Sequence[Candidate] | Candidate) -> GrowthEvent:
     """Applies candidates to a model in place, inside or outside `fit`.
 
     The same Python object gets the new shape: `summary()`, `count_params()`, `layer.output.shape`,
     `save()`, `export()` and a continuing `fit` all see it, and the optimizer's state is carried
-    over channel by channel. All or nothing: on any error the model is as before.
+    over channel by channel. All or nothing: on any error the model is as before. Functions that
+    other models made of the same layers compiled before (`predict` of a feature extractor) go on
+    computing with the weights as they were.
 
     Args:
       model: the growable model the candidates were made for.
-      candidates: usually learned by an estimator; at most one edit per unit.
+      candidates: usually learned by an estimator; at most one edit per unit. Or a single one.
 
     Returns:
       The event: what was applied, widths, parameters and FLOPs before and after.
@@ -103,13 +105,12 @@ def widen(model: keras.Model, layer: str, units: int, seed: int = 0) -> GrowthEv
     return apply(model, new)
 
 
-def checked(model: keras.Model, candidates: Sequence[Candidate]) -> list[Candidate]:
+def checked(model: keras.Model, candidates: Sequence[Candidate] | Candidate) -> list[Candidate]:
     """The candidates, if there are any and all are of this model as it is now."""
     functional_of(model)  # raises for what has no graph
     chosen = [candidates] if isinstance(candidates, Candidate) else list(candidates)
     if not chosen:
         raise ValueError("No candidates to apply; make some with tfgrow.candidates(model).")
-    shapes: dict[tuple, dict[str, tuple]] = {}
     for candidate in chosen:
         if not isinstance(candidate, Candidate):
             raise TypeError(
@@ -117,28 +118,30 @@ def checked(model: keras.Model, candidates: Sequence[Candidate]) -> list[Candida
                 "tfgrow.candidates(model)."
             )
         check_current(model, candidate.site)
-        kind = (candidate.site.name, candidate.morphism)
-        if kind not in shapes:
-            made = get(candidate.morphism).candidates(candidate.site, new_units=1, seed=0)[0]
-            shapes[kind] = {name: np.shape(value) for name, value in made.theta.items()}
-        _check_theta(candidate, shapes[kind])
     repeated = [key for key, count in Counter(c.key for c in chosen).items() if count > 1]
     if repeated:
         site, morphism, unit = repeated[0]
         raise ValueError(f"The {morphism} of unit {unit} of site '{site}' is given twice.")
+    _check_thetas(chosen)
     return chosen
 
 
-def _check_theta(candidate: Candidate, expected: Mapping[str, tuple]) -> None:
-    """Raises ValueError for parameters that are not finite, or not of the expected shapes."""
-    for name, shape in expected.items():
-        value = np.asarray(candidate.theta.get(name))
-        if value.shape != shape or not np.isfinite(value).all():
-            raise ValueError(
-                f"theta['{name}'] of {candidate!r} must be finite and of shape {shape}; found "
-                f"shape {value.shape}, {value.reshape(-1)[:8]}... Learn it with "
-                "GaussNewtonEstimator.learn, on data without NaN."
-            )
+def _check_thetas(chosen: Sequence[Candidate]) -> None:
+    """Raises ValueError for parameters that are not finite, or of shapes they never had."""
+    shapes: dict[tuple[str, str], dict[str, tuple]] = {}
+    for candidate in chosen:
+        kind = (candidate.site.name, candidate.morphism)
+        if kind not in shapes:
+            fresh = get(candidate.morphism).candidates(candidate.site, new_units=1, seed=0)[0]
+            shapes[kind] = {name: np.shape(value) for name, value in fresh.theta.items()}
+        for name, shape in shapes[kind].items():
+            value = np.asarray(candidate.theta.get(name))
+            if value.shape != shape or not np.isfinite(value).all():
+                raise ValueError(
+                    f"theta['{name}'] of {candidate!r} must be finite and of shape {shape}; found "
+                    f"shape {value.shape}, {value.reshape(-1)[:8]}... Learn it with "
+                    "GaussNewtonEstimator.learn, on data without NaN."
+                )
 
 
 def edits_of(candidates: Sequence[Candidate]) -> list:

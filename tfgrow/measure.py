@@ -55,7 +55,7 @@ def real_loss(model: keras.Model, dataset, loss=None) -> float:
 
 
 def measure_change(
-    model: keras.Model, candidates: Sequence[Candidate], dataset, loss=None
+    model: keras.Model, candidates: Sequence[Candidate] | Candidate, dataset, loss=None
 ) -> float:
     """The true change of the mean loss when candidates are really applied, to a copy.
 

@@ -93,6 +93,8 @@ class GrowthOracle(keras_tuner.Oracle, abc.ABC):
     ('IDLE', 'I never grow')
     """
 
+    trials: dict[str, Trial]  # made by Keras Tuner, which has no types
+
     def __init__(
         self,
         objective: Any = "val_loss",
@@ -433,9 +435,10 @@ class GrowthOracle(keras_tuner.Oracle, abc.ABC):
         # Keras Tuner would run unfinished trials again; the model they were meant for is gone.
         # Trials whose file is younger than oracle.json are in none of its lists.
         self._retry_queue = []
-        self.start_order += sorted(set(self.trials) - set(self.start_order))
+        read = dict(self.trials)
+        self.start_order += sorted(set(read) - set(self.start_order))
         # Keras Tuner reads them in the order in which the file system lists them.
-        self.trials = {trial_id: self.trials[trial_id] for trial_id in self.start_order}
+        self.trials = {trial_id: read[trial_id] for trial_id in self.start_order}
         for trial_id, trial in self.trials.items():
             if trial.status == TrialStatus.RUNNING:
                 trial.status, trial.message = TrialStatus.INVALID, "the process ended in this step"
