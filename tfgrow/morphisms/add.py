@@ -144,10 +144,11 @@ def _energies(capture, group, perturbed) -> dict:
     """How much the new units hand to the consumers, and how much the live ones do on average."""
     energy, usual = 0.0, 0.0
     for leaf in group.site.leaves:
-        new = group.path.by_unit(leaf.tensor, perturbed.values[leaf.tensor] ** 2)
-        energy += tf.reduce_sum(new, axis=[*range(len(new.shape) - 2), -1])
+        new = perturbed.values[leaf.tensor]
+        squares = tf.reduce_sum(new * new, axis=list(range(len(new.shape) - 1)))
+        energy += tf.reduce_sum(group.path.by_unit(leaf.tensor, squares), axis=-1)
         live = take(capture.values[tensor_tap(leaf.tensor)], leaf.channels.index.reshape(-1))
-        usual += tf.reduce_sum(live**2) / group.site.units
+        usual += tf.reduce_sum(live * live) / group.site.units
     return {"energy": energy, "usual": usual}
 
 

@@ -114,14 +114,20 @@ def _responses(capture: Capture, groups: Sequence[Group], thetas: Sequence[Theta
         together = site.producer.linear(
             producer_input(capture, site), **as_layer_weights(site.producer, weights)
         )
-        # Not tf.split: where sizes are free, TensorFlow's optimizer (2.21) mixes its outputs up
-        # when it moves activations in front of it.
-        start = 0
-        for number in members:
-            stop = start + len(groups[number].units)
-            responses[number] = together[..., start:stop]
-            start = stop
+        sizes = [len(groups[number].units) for number in members]
+        for number, part in zip(members, _parts(together, sizes), strict=True):
+            responses[number] = part
     return responses
+
+
+def _parts(values, sizes: Sequence[int]) -> list:
+    """The last axis taken apart: `[..., sum(sizes)]` to one tensor per size."""
+    if None not in values.shape[1:]:
+        return tf.split(values, sizes, axis=-1)
+    # Where sizes are free, TensorFlow's optimizer (2.21) mixes up the outputs of tf.split when it
+    # moves activations in front of it. Slices are safe, and slower.
+    ends = np.cumsum(sizes)
+    return [values[..., end - size : end] for end, size in zip(ends, sizes, strict=True)]
 
 
 def _stack(dicts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
