@@ -91,7 +91,7 @@ def blind_growth(data=None, every=1, tolerance=100.0, verbose=0, morphism="split
     return tfgrow.callbacks.Growth(
         oracle,
         data=arrays() if data is None else data,
-        every=every,
+        every=None if "when" in options else every,
         tolerance=tolerance,
         verbose=verbose,
         **options,

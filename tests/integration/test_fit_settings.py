@@ -93,8 +93,22 @@ def test_on_a_plateau_without_validation_data():
 
 def test_a_schedule_that_watches_what_is_not_there_says_so():
     growth = Growth(blind_growth().oracle, arrays(), when="on_plateau", verbose=0)
-    with pytest.raises(ValueError, match="val_loss"):
+    with pytest.warns(UserWarning, match="'val_loss', which epoch 1 did not report"):
         fit(compiled(mlp()), [growth])
+    assert not growth.events
+
+
+def test_a_schedule_waits_for_the_epochs_that_validate():
+    growth = blind_growth(when=tfgrow.schedules.OnPlateau("val_loss", patience=1, min_delta=9.0))
+    with pytest.warns(UserWarning, match="passes over such epochs"):
+        fit(
+            compiled(mlp()),
+            [growth],
+            epochs=5,
+            validation_data=arrays(seed=1),
+            validation_freq=2,
+        )
+    assert [event.epoch for event in growth.events] == [4]
 
 
 def test_mixed_precision_with_loss_scaling():
