@@ -339,7 +339,8 @@ def _copy_optimizer_state(model, copy, pairs) -> None:
     }
     # Not `model.trainable_variables`: a layer may have been frozen since the optimizer was built.
     in_old_order = [partner[id(variable)] for variable in optimizer_weights(model.optimizer)]
-    in_new_order = [v for v in copy.trainable_variables if id(v) in set(map(id, in_old_order))]
+    known = {id(variable) for variable in in_old_order}
+    in_new_order = [variable for variable in copy.trainable_variables if id(variable) in known]
     if len(in_new_order) != len(in_old_order):
         in_new_order = in_old_order
     copy.optimizer.build(in_new_order)
