@@ -16,7 +16,7 @@ from tfgrow.curvature.columns import weigh_columns, weigh_values
 from tfgrow.curvature.loss_head import LossHead
 from tfgrow.curvature.normal import add_sums, scale_sums
 from tfgrow.graph.nodes import Graph
-from tfgrow.morphisms.base import Group, perturb_all
+from tfgrow.morphisms.base import Group, perturb_all, scalars_of
 
 FORGET = 0.9
 """How much of the earlier batches' normal equations each learning step keeps."""
@@ -74,11 +74,8 @@ class Passes:
         """Sums over a batch of `(loss, linear [C], gram [C, C], samples)` for all candidates."""
         captured = self.capture(batch, seed, _taps(groups))
         perturbed = perturb_all(captured, groups, thetas, fresh=False)
-        parts = [
-            group.morphism.scalars(captured, group, theta, effect)
-            for group, theta, effect in zip(groups, thetas, perturbed, strict=True)
-        ]
-        together = tf.concat(parts, axis=2)  # [1 + K, N, C]
+        covectors = _covectors(captured, groups, thetas, perturbed)
+        together = tf.concat(_scalars(groups, covectors, perturbed), axis=2)  # [1 + K, N, C]
         linear = together[0]
         columns = tf.reshape(together[1:], (-1, together.shape[2]))
         gram = tf.matmul(columns, columns, transpose_a=True)
@@ -117,7 +114,7 @@ class Passes:
           loss where nothing moves.
         """
         captured = self.capture(batch, seed, _taps(groups))
-        with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
             vector = adam[0]
             tape.watch(vector)
             thetas = parameters.unpack(vector)
@@ -130,19 +127,13 @@ class Passes:
                 group.morphism.solve(group, mine, LEARNING_DAMPING) if mine else {}
                 for group, mine in zip(groups, kept, strict=True)
             ]
-            with tape:
-                total = tf.add_n(
-                    [
-                        _objective(
-                            group.morphism.scalars(captured, group, {**theta, **phi}, effect),
-                            batch[2],
-                        )
-                        for group, theta, phi, effect in zip(
-                            groups, thetas, solved, perturbed, strict=True
-                        )
-                    ]
-                )
-            return (*_adam_step(adam, tape.gradient(total, vector), rate), total)
+            whole = [{**theta, **phi} for theta, phi in zip(thetas, solved, strict=True)]
+            covectors = _covectors(captured, groups, whole, perturbed)
+            total, slopes = objective(groups, covectors, perturbed)
+            values = [effect.values for effect in perturbed]
+            gradient = tape.gradient(values, vector, output_gradients=slopes)
+            count = _count(batch[2])
+            return (*_adam_step(adam, gradient / count, rate), total / count)
 
         def settle():  # closed forms and statistics only: spared is more than half of the step
             return (*adam, loss)
@@ -210,10 +201,42 @@ def _taps(groups: Sequence[Group]) -> list:
     return [tap for group in groups for tap in group.morphism.taps(group.site)]
 
 
-def _objective(scalars, weight):
-    """Sum over a group's candidates of their estimated change of the mean loss."""
-    change = tf.reduce_sum(scalars[0]) + 0.5 * tf.reduce_sum(scalars[1:] ** 2)
-    return change / _count(weight)
+def _covectors(captured, groups, thetas, perturbed) -> list[dict[int, Any]]:
+    return [
+        group.morphism.covectors(captured, group, theta, effect)
+        for group, theta, effect in zip(groups, thetas, perturbed, strict=True)
+    ]
+
+
+def _scalars(groups, covectors, perturbed) -> list:
+    return [
+        scalars_of(group, mine, effect)
+        for group, mine, effect in zip(groups, covectors, perturbed, strict=True)
+    ]
+
+
+def objective(groups, covectors, perturbed):
+    """Sum of all candidates' estimated changes over a batch, and its gradient at `perturbed`.
+
+    With the scalars `s` of a candidate it is `s_0 + 1/2 sum_k s_k^2`, so that the gradient at its
+    perturbation is `c_0 + sum_k s_k c_k`. Written out: automatic differentiation of so many small
+    operations takes a good part of the time to trace a step.
+    """
+    passes = next(iter(covectors[0].values())).shape[0]
+    first = np.eye(passes, 1, dtype="float32")[:, :, None]
+    total, slopes = 0.0, []
+    for group, mine, scalars in zip(
+        groups, covectors, _scalars(groups, covectors, perturbed), strict=True
+    ):
+        weights = first + (1.0 - first) * scalars
+        total += 0.5 * tf.reduce_sum((first + weights) * scalars)
+        slopes.append(
+            {
+                leaf: tf.reduce_sum(group.path.spread(leaf, weights, len(c.shape)) * c, axis=0)
+                for leaf, c in mine.items()
+            }
+        )
+    return total, slopes
 
 
 def _adam_step(adam, gradient, rate):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from tests.cases import CASES, inputs_of
 from tfgrow.capture.capture import observe, producer_response
@@ -41,6 +42,13 @@ def test_path_of_some_units_is_the_models(case):
                 np.stack([apart, 2 * apart]).sum(axis=axes),
                 rtol=1e-4,
                 atol=1e-5,
+            )
+            weights = tf.constant(np.arange(4.0).reshape(2, 1, 2), "float32")
+            expected = np.broadcast_to(np.asarray(weights)[..., None], (2, 1, *apart.shape[-2:]))
+            spread = path.spread(leaf.tensor, weights, stacked.ndim)
+            assert spread.shape.rank == stacked.ndim
+            np.testing.assert_array_equal(
+                np.reshape(path.by_unit(leaf.tensor, spread), expected.shape), expected
             )
 
 

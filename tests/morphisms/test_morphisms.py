@@ -14,9 +14,9 @@ from tfgrow.curvature.normal import quadratic
 from tfgrow.graph.convert import copy_model
 from tfgrow.graph.nodes import trace
 from tfgrow.graph.sites import find_sites
-from tfgrow.morphisms.base import perturb_all
+from tfgrow.morphisms.base import perturb_all, scalars_of
 from tfgrow.morphisms.registry import MORPHISMS, get, group_candidates
-from tfgrow.passes import Passes
+from tfgrow.passes import Passes, objective
 from tfgrow.surgery.apply import apply_edits
 
 
@@ -122,6 +122,11 @@ def capture_of(net, taps):
     )
 
 
+def scalars(captured, group, perturbed):
+    covectors = group.morphism.covectors(captured, group, group.theta, perturbed)
+    return scalars_of(group, covectors, perturbed)
+
+
 def test_scalars_are_tangents_contracted_with_gradient_and_columns(net):
     """Candidate by candidate and sample by sample."""
     largest = 0.0
@@ -129,15 +134,36 @@ def test_scalars_are_tangents_contracted_with_gradient_and_columns(net):
         (group,), _ = group_candidates(net.model, [candidate])
         captured = capture_of(net, group.morphism.taps(group.site))
         perturbed = perturb_all(captured, [group], [group.theta], fresh=False)[0]
-        scalars = group.morphism.scalars(captured, group, group.theta, perturbed)
+        found = scalars(captured, group, perturbed)
         expected = 0.0
         for tap, tangent in group.morphism.tangents(group, group.theta, perturbed).items():
             products = captured.cotangents[tap].numpy() * np.asarray(tangent)
             expected = expected + products.reshape(*products.shape[:2], -1).sum(axis=2)
         scale = np.abs(expected).max()
-        np.testing.assert_allclose(scalars[..., 0], expected, atol=1e-5 * scale)
+        np.testing.assert_allclose(found[..., 0], expected, atol=1e-5 * scale)
         largest = max(largest, scale)
     assert largest > 1e-4
+
+
+def test_the_gradient_written_out_is_that_of_automatic_differentiation(net):
+    for candidate in (net.candidates[0], net.candidates[-1]):
+        (group,), _ = group_candidates(net.model, [candidate])
+        captured = capture_of(net, group.morphism.taps(group.site))
+        kernel = tf.constant(group.theta["kernel"])
+        with tf.GradientTape(persistent=True) as tape:
+            tape.watch(kernel)
+            theta = {**group.theta, "kernel": kernel}
+            (perturbed,) = perturb_all(captured, [group], [theta], fresh=False)
+            found = scalars(captured, group, perturbed)
+            expected = tf.reduce_sum(found[0]) + 0.5 * tf.reduce_sum(found[1:] ** 2)
+        covectors = group.morphism.covectors(captured, group, group.theta, perturbed)
+        total, slopes = objective([group], [covectors], [perturbed])
+        gradient = tape.gradient(perturbed.values, kernel, output_gradients=slopes[0])
+        by_tape = tape.gradient(expected, kernel).numpy()
+        size = np.abs(by_tape).max()
+        assert size > 1e-6
+        np.testing.assert_allclose(gradient, by_tape, atol=1e-4 * size)
+        np.testing.assert_allclose(total, expected, rtol=1e-4)
 
 
 def test_normal_equations_are_the_quadratic_of_the_scalars(net):
@@ -146,12 +172,12 @@ def test_normal_equations_are_the_quadratic_of_the_scalars(net):
     for group in (group for group in groups if group.morphism.solved):
         captured = capture_of(net, group.morphism.taps(group.site))
         perturbed = perturb_all(captured, [group], [group.theta], fresh=False)[0]
-        scalars = group.morphism.scalars(captured, group, group.theta, perturbed).numpy()
-        expected = scalars[0].sum(axis=0) + 0.5 * (scalars[1:] ** 2).sum(axis=(0, 1))
+        found = scalars(captured, group, perturbed).numpy()
+        expected = found[0].sum(axis=0) + 0.5 * (found[1:] ** 2).sum(axis=(0, 1))
         sums = {**group.morphism.equations(captured, group, perturbed), "loss": tf.zeros(())}
         names = sorted(name for name in group.theta if name.startswith("phi/"))
         phi = np.concatenate([group.theta[n].reshape(len(expected), -1) for n in names], axis=1)
-        scale = np.abs(scalars[0]).sum(axis=0)
+        scale = np.abs(found[0]).sum(axis=0)
         np.testing.assert_allclose(quadratic(sums, phi), expected, atol=1e-4 * scale.max())
         best = group.morphism.solve(group, sums, 1e-6)
         assert {name: np.shape(value) for name, value in best.items()} == {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -86,15 +85,17 @@ class Path:
             values[step.target] = step.view.apply_channels(inputs, mine)
         return {leaf.tensor: values[leaf.tensor] for leaf in self.site.leaves}
 
-    def run_newborn(self, response, templates: PathVariables, observe: Observe) -> dict[int, Any]:
-        """`run` for new units, whose statistics are those of the batch itself."""
+    def run_newborn(
+        self, response, templates: PathVariables, keep: Callable[[int, Moments], None]
+    ) -> dict[int, Any]:
+        """`run` for new units, whose statistics are those of the batch itself: `keep` gets them."""
         values = {RESPONSE: response}
         for number, (step, template) in enumerate(zip(self.steps, templates, strict=True)):
             inputs = values[step.source]
             moments = None
             if step.view.needs_moments:
-                observe(number, inputs)
                 moments = batch_moments(inputs)
+                keep(number, moments)
             variables = step.view.newborn_variables(template, moments)
             values[step.target] = step.view.apply_channels(inputs, variables)
         return {leaf.tensor: values[leaf.tensor] for leaf in self.site.leaves}
@@ -116,6 +117,24 @@ class Path:
             return flat
         return tf.reduce_sum(self.by_unit(tensor, flat), axis=-1)
 
+    def spread(self, tensor: int, values, rank: int):
+        """The transpose of `per_unit`: `[1 + K, N, count] -> [1 + K, N, 1, ..., size]`.
+
+        Args:
+          tensor: id of the tensor.
+          values: a number per candidate.
+          rank: number of the result's axes.
+        """
+        spread = take(values, _owners(self.maps[tensor]))
+        return tf.reshape(spread, (values.shape[0], -1, *[1] * (rank - 3), spread.shape[-1]))
+
+
+def _owners(mine: ChannelMap) -> np.ndarray:
+    """Which unit each position on the axis belongs to, `[size]`."""
+    owners = np.empty(mine.size, dtype=np.int64)
+    owners[mine.index] = np.arange(len(mine.index))[:, None]
+    return owners
+
 
 def _positions(mine: ChannelMap, full: ChannelMap, units: Sequence[int]) -> np.ndarray:
     flat = np.empty(mine.size, dtype=np.int64)
@@ -124,13 +143,8 @@ def _positions(mine: ChannelMap, full: ChannelMap, units: Sequence[int]) -> np.n
 
 
 def _sum_positions(values):
-    """`[1 + K, N, ..., size] -> [1 + K, N, size]`, as a product: its gradient is quick to trace."""
-    between, size = values.shape[2:-1], values.shape[-1]
-    if not between:
-        return values
-    positions = -1 if None in between else math.prod(between)
-    rows = tf.reshape(values, (values.shape[0], tf.shape(values)[1], positions, size))
-    return tf.squeeze(tf.matmul(tf.ones((1, tf.shape(rows)[2])), rows), axis=2)
+    """`[1 + K, N, ..., size] -> [1 + K, N, size]`."""
+    return tf.reduce_sum(values, axis=list(range(2, len(values.shape) - 1)))
 
 
 def take(values, index: np.ndarray, axis: int = -1):

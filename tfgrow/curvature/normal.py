@@ -120,11 +120,10 @@ def solve_sums(sums: Sums, damping) -> tf.Tensor:
 
 
 def _solve_dense(g, q, damping):
-    diagonal = tf.reduce_mean(tf.linalg.diag_part(q), axis=-1)
+    diagonal = tf.linalg.diag_part(q)
     # a dead unit has Q = 0 and G = 0: the floor keeps 0/0 from becoming NaN
-    ridge = tf.maximum(damping * diagonal, 1e-30)
-    identity = tf.eye(tf.shape(q)[-1], dtype=q.dtype)
-    factor = tf.linalg.cholesky(q + ridge[:, None, None] * identity)
+    ridge = tf.maximum(damping * tf.reduce_mean(diagonal, axis=-1), 1e-30)
+    factor = tf.linalg.cholesky(tf.linalg.set_diag(q, diagonal + ridge[:, None]))
     return -tf.linalg.cholesky_solve(factor, g[..., None])[..., 0]
 
 

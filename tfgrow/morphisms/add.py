@@ -72,21 +72,22 @@ class Add(Morphism):
         if fresh:
             observer = Observer(path, ("new",))
             live = path.live_variables(templates)
-            return Perturbed(path.run_newborn(response, live, observer), observer.seen)
+            return Perturbed(path.run_newborn(response, live, observer.keep), observer.seen)
         variables = stacked_path_variables(
             path, templates, lambda number: state_moments(theta, "new", number)
         )
         return Perturbed(path.run(response, variables), {})
 
-    def scalars(self, capture, group, theta, perturbed):
-        parts = []
+    def covectors(self, capture, group, theta, perturbed):
+        covectors = {}
         for index, (leaf, node) in enumerate(_reads(group.site)):
-            value = perturbed.values[leaf.tensor]
             kernel = _group_kernel(group, leaf, node, theta[f"phi/{index}"])
             cotangents = capture.cotangents[consumer_taps(group.site)[index]]
-            pulled = _pull_back(node.operation, value, kernel, cotangents)
-            parts.append(group.path.per_unit(leaf.tensor, value * pulled))
-        return tf.add_n(parts)
+            like = perturbed.values[leaf.tensor]
+            pulled = _pull_back(node.operation, like, kernel, cotangents)
+            known = covectors.get(leaf.tensor)
+            covectors[leaf.tensor] = pulled if known is None else known + pulled
+        return covectors
 
     def tangents(self, group, theta, perturbed):
         tangents = {}

@@ -135,6 +135,16 @@ def _stack(dicts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return {name: np.stack([np.asarray(d[name]) for d in dicts]) for name in sorted(common)}
 
 
+def scalars_of(group: Group, covectors: Mapping[int, Any], perturbed: Perturbed) -> Any:
+    """Each candidate's perturbation against gradient and columns, `[1 + K, N, n]`."""
+    return tf.add_n(
+        [
+            group.path.per_unit(leaf, covectors[leaf] * value)
+            for leaf, value in perturbed.values.items()
+        ]
+    )
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Perturbed:
     """What a group of candidates does on one batch.
@@ -194,8 +204,13 @@ class Morphism:
         """
         raise NotImplementedError
 
-    def scalars(self, capture: Capture, group: Group, theta: Theta, perturbed: Perturbed) -> Any:
-        """Each candidate's perturbation against gradient and columns, `[1 + K, N, n]`."""
+    def covectors(
+        self, capture: Capture, group: Group, theta: Theta, perturbed: Perturbed
+    ) -> dict[int, Any]:
+        """Gradient and columns at what `perturb` returned: leaf -> `[1 + K, N, ..., size]`.
+
+        They must not depend on the values in `perturbed`, only on their shapes.
+        """
         raise NotImplementedError
 
     def tangents(self, group: Group, theta: Theta, perturbed: Perturbed) -> dict[Tap, Any]:

@@ -35,6 +35,13 @@ class Observer:
             for who, value in zip(self._who, tf.unstack(by_unit), strict=True):
                 self.seen[f"{who}/{number}/{name}"] = value
 
+    def keep(self, number: int, moments: Moments) -> None:
+        """Notes moments `[size]` that are known already, of the only ones there are."""
+        (who,), source = self._who, self._path.steps[number].source
+        mean, variance = tf.stop_gradient(moments.mean), tf.stop_gradient(moments.variance)
+        for name, moment in (("mean", mean), ("square", variance + mean * mean)):
+            self.seen[f"{who}/{number}/{name}"] = self._path.by_unit(source, moment)
+
 
 def state_moments(state: Mapping[str, np.ndarray], who: str, number: int) -> Moments | None:
     """The moments `[..., blocks]` kept in a state, or None if they were never measured."""

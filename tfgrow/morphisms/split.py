@@ -20,14 +20,14 @@ from tfgrow.capture.path import take
 from tfgrow.morphisms.base import Candidate, Morphism, Perturbed
 from tfgrow.morphisms.path_state import Observer, child_path
 from tfgrow.morphisms.weights import fan_in_weights, unit_scale
-from tfgrow.types import Cost, NewUnit, WidthEdit
+from tfgrow.types import ChannelMap, Cost, NewUnit, WidthEdit
 
 START = 0.5
 """Initial size of theta, relative to the unit's weights."""
 
 
-WHO = ("plus", "minus", "now")
-"""The two children and the undisturbed unit, in the state's names."""
+CHILDREN = ("plus", "minus")
+"""The two children, in the state's names; `"now"` is the undisturbed unit."""
 
 
 class Split(Morphism):
@@ -59,27 +59,30 @@ class Split(Morphism):
         return {"kernel": size, "bias": size}
 
     def perturb(self, capture, group, theta, response, fresh):
-        del theta, fresh  # children compute with their parent's statistics
-        path, now = group.path, take(producer_response(capture, group.site), group.units)
-        # All three go through the path as one batch: a third of the operations to trace.
-        observer = Observer(path, WHO)
-        together = tf.concat([now + response, now - response, now], axis=0)
+        del theta
+        path = group.path
+        now = take(producer_response(capture, group.site), group.units)
+        # Both go through the path as one batch: half of the operations to trace.
+        together = _behind_one_another(now + response, now - response)
+        # Children compute with their parent's statistics, so their own are needed only once.
+        observer = Observer(path, CHILDREN) if fresh else None
         arriving = path.run(together, path.live_variables(group.units), observer)
         values = {}
-        for leaf, value in arriving.items():
-            plus, minus, now = tf.split(value, len(WHO))
-            values[leaf] = 0.5 * (plus + minus) - now
-        return Perturbed(values, observer.seen)
+        for leaf in group.site.leaves:
+            plus, minus = tf.split(arriving[leaf.tensor], 2)
+            now = _now(capture, group, leaf.tensor, leaf.channels)
+            values[leaf.tensor] = 0.5 * (plus + minus) - now
+        if observer is None:
+            return Perturbed(values, {})
+        return Perturbed(values, {**observer.seen, **_moments_now(capture, group)})
 
-    def scalars(self, capture, group, theta, perturbed):
-        del theta
-        parts = []
+    def covectors(self, capture, group, theta, perturbed):
+        del theta, perturbed
+        covectors = {}
         for leaf in group.site.leaves:
             index = group.path.positions(leaf.tensor, leaf.channels, group.units)
-            cotangents = take(capture.cotangents[tensor_tap(leaf.tensor)], index)
-            products = cotangents * perturbed.values[leaf.tensor]
-            parts.append(group.path.per_unit(leaf.tensor, products))
-        return tf.add_n(parts)
+            covectors[leaf.tensor] = take(capture.cotangents[tensor_tap(leaf.tensor)], index)
+        return covectors
 
     def tangents(self, group, theta, perturbed):
         del theta
@@ -114,3 +117,25 @@ class Split(Morphism):
     def scaled(self, candidate, alpha):
         theta = {name: alpha * value for name, value in candidate.theta.items()}
         return candidate.replace(theta=theta, state={**candidate.state, "alpha": np.float32(alpha)})
+
+
+def _now(capture, group, tensor: int, channels: ChannelMap):
+    """What the undisturbed units make of a tensor of their path, in the layout of the path."""
+    index = group.path.positions(tensor, channels, group.units)
+    return take(capture.values[tensor_tap(tensor)], index)
+
+
+def _moments_now(capture, group) -> dict:
+    observer = Observer(group.path, ("now",))
+    for number, step in enumerate(group.path.steps):
+        if step.view.needs_moments:
+            # no producer's own activation needs any: the source is a tensor of the model
+            observer(number, _now(capture, group, step.source, step.incoming))
+    return observer.seen
+
+
+def _behind_one_another(first, second):
+    """Two batches as one. As `tf.concat` has it, but with a gradient that is quick to trace."""
+    shape = first.shape[1:]
+    known = shape if None not in shape else tf.unstack(tf.shape(first))[1:]
+    return tf.reshape(tf.stack([first, second]), [-1, *known])
