@@ -104,7 +104,8 @@ def solve_sums(sums: Sums, damping) -> tf.Tensor:
 
     Args:
       sums: from `dense_sums` or `kronecker_sums`, added up over batches.
-      damping: relative damping, a number or one per unit `[n]`.
+      damping: relative damping, a number or one per unit `[n]`; or several of them `[D, n]` (or
+        `[D, 1]`), which gives `phi [D, n, W]`.
     """
     g = tf.cast(sums["g"], tf.float64)
     rarity = LEAST_ENERGY * tf.math.divide_no_nan(sums["usual"], sums["energy"])
@@ -116,15 +117,20 @@ def solve_sums(sums: Sums, damping) -> tf.Tensor:
     gain = -_quadratic(sums, phi)
     most = MOST_GAIN * tf.cast(sums["loss"], tf.float64)
     share = tf.where((gain > most) & (most > 0), most / gain, 1.0)
-    return tf.cast(phi * share[:, None], tf.float32)
+    return tf.cast(phi * share[..., None], tf.float32)
 
 
 def _solve_dense(g, q, damping):
     diagonal = tf.linalg.diag_part(q)
     # a dead unit has Q = 0 and G = 0: the floor keeps 0/0 from becoming NaN
     ridge = tf.maximum(damping * tf.reduce_mean(diagonal, axis=-1), 1e-30)
-    factor = tf.linalg.cholesky(tf.linalg.set_diag(q, diagonal + ridge[:, None]))
-    return -tf.linalg.cholesky_solve(factor, g[..., None])[..., 0]
+
+    def solve(ridge):
+        factor = tf.linalg.cholesky(tf.linalg.set_diag(q, diagonal + ridge[:, None]))
+        return -tf.linalg.cholesky_solve(factor, g[..., None])[..., 0]
+
+    # one after the other: Q is large, and all of its factors at once would be many times as large
+    return solve(ridge) if ridge.shape.rank == 1 else tf.stack([*map(solve, tf.unstack(ridge))])
 
 
 def _solve_kronecker(g, sums, damping):
@@ -137,9 +143,9 @@ def _solve_kronecker(g, sums, damping):
         eigenvalues = a_values[:, :, None] * s_values[None, None, :]
         ridge = tf.maximum(damping * tf.reduce_mean(eigenvalues, axis=(1, 2)), 1e-30)
         rotated = tf.einsum("nab,nao,oq->nbq", a_vectors, block, s_vectors)
-        rotated = rotated / (eigenvalues + ridge[:, None, None])
-        solved = -tf.einsum("nab,nbq,oq->nao", a_vectors, rotated, s_vectors)
-        parts.append(tf.reshape(solved, (-1, size)))
+        rotated = rotated / (eigenvalues + ridge[..., None, None])
+        solved = -tf.einsum("nab,...nbq,oq->...nao", a_vectors, rotated, s_vectors)
+        parts.append(tf.reshape(solved, (*ridge.shape, size)))
     return tf.concat(parts, axis=-1)
 
 
@@ -152,7 +158,7 @@ def _kronecker_eigen(sums, index):
 
 
 def quadratic(sums: Sums, phi) -> np.ndarray:
-    """`G.phi + 1/2 phi'Q phi` `[n]` for the sums' data (a sum over its samples)."""
+    """`G.phi + 1/2 phi'Q phi` for the sums' data (a sum over its samples), per unit `[..., n]`."""
     return _quadratic(sums, tf.cast(phi, tf.float64)).numpy()
 
 
@@ -166,9 +172,11 @@ def _quadratic(sums: Sums, phi):
         a = tf.cast(sums[f"a/{index}"], tf.float64)
         s = tf.cast(sums[f"s/{index}"], tf.float64) / tf.cast(sums[f"rows/{index}"], tf.float64)
         size = a.shape[-1] * s.shape[-1]
-        block = tf.reshape(phi[:, start : start + size], (-1, a.shape[-1], s.shape[-1]))
+        block = phi[..., start : start + size]
+        block = tf.reshape(block, (*block.shape[:-1], a.shape[-1], s.shape[-1]))
         start += size
-        curvature += tf.einsum("nao,nab,nbq,oq->n", block, a, block, s)
+        seen = tf.einsum("nab,...nbq,oq->...nao", a, block, s)
+        curvature += tf.reduce_sum(block * seen, axis=(-2, -1))
     return linear + 0.5 * curvature
 
 
@@ -182,13 +190,12 @@ def cross_damping(first: Sums, second: Sums) -> np.ndarray:
 
     It is the largest of `DAMPINGS` that keeps the share `GENEROUS` of the best one's gain.
     """
-    gains = []
-    for damping in DAMPINGS:
-        forth = quadratic(second, solve_sums(first, damping))
-        back = quadratic(first, solve_sums(second, damping))
-        gains.append(-(forth + back))
+    dampings = np.asarray(DAMPINGS)[:, None]
+    forth = quadratic(second, solve_sums(first, dampings))
+    back = quadratic(first, solve_sums(second, dampings))
+    gains = -(forth + back)
     best = np.max(gains, axis=0)
     # where no damping gains anything, the largest does the least harm
-    keeps = (np.asarray(gains) >= GENEROUS * best) | (best <= 0)
+    keeps = (gains >= GENEROUS * best) | (best <= 0)
     last = len(DAMPINGS) - 1 - np.argmax(keeps[::-1], axis=0)
     return np.asarray(DAMPINGS)[last]
