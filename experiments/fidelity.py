@@ -23,7 +23,7 @@ import tensorflow as tf
 from absl import app, flags
 
 import tfgrow
-from experiments import datasets, figures, models, tables
+from experiments import datasets, figures, models, tables, training
 from experiments._messages import in_words, quiet_logs
 from experiments.expanded import Arrays, true_changes
 from experiments.measures import agreement
@@ -343,6 +343,7 @@ def main(argv: list[str]) -> None:
     quiet_logs()
     with in_words("experiments.fidelity"):
         data = prepare(flags.FLAGS)
+    training.make_repeatable(flags.FLAGS.seed)
     run(flags.FLAGS, data)
 
 

@@ -29,6 +29,18 @@ def get(identifier: str | Morphism) -> Morphism:
     return MORPHISMS[identifier]
 
 
+def several(identifiers: Iterable[str | Morphism] | str | Morphism) -> list[Morphism]:
+    """Morphisms by name, or those given; one or more of them."""
+    if isinstance(identifiers, (str, Morphism)):
+        identifiers = (identifiers,)
+    if not isinstance(identifiers, Iterable):
+        raise TypeError(f"morphisms are names or Morphisms, found {identifiers!r}.")
+    found = [get(identifier) for identifier in identifiers]
+    if not found:
+        raise ValueError(f"No morphisms given; expected some of {sorted(MORPHISMS)}.")
+    return found
+
+
 def register_morphism(morphism: Morphism) -> None:
     """Makes a morphism of your own known by its name."""
     MORPHISMS[morphism.name] = morphism
@@ -64,14 +76,8 @@ def candidates(
     >>> len(tfgrow.candidates(model, morphisms=("split", "add"), new_units=2))
     5
     """
-    if isinstance(morphisms, (str, Morphism)):
-        morphisms = (morphisms,)
-    if not isinstance(morphisms, Iterable):
-        raise TypeError(f"morphisms are names or Morphisms, found {morphisms!r}.")
+    kinds = several(morphisms)
     require_whole("new_units", new_units, optional=False)
-    kinds = [get(morphism) for morphism in morphisms]
-    if not kinds:
-        raise ValueError(f"No morphisms given; expected some of {sorted(MORPHISMS)}.")
     graph = trace(model)
     every = sites_of(model, graph)
     costs = CostModel(graph, every)

@@ -17,8 +17,8 @@ from tfgrow.graph.cost import CostModel
 from tfgrow.graph.nodes import trace
 from tfgrow.graph.sites import Site, sites_of
 from tfgrow.morphisms.base import Candidate
-from tfgrow.morphisms.registry import MORPHISMS, get
 from tfgrow.morphisms.registry import candidates as make_candidates
+from tfgrow.morphisms.registry import get, several
 from tfgrow.oracle.base import GrowthOracle
 from tfgrow.oracle.data import GrowthData, check_size, split_data
 from tfgrow.oracle.selection import Group, Limits, select
@@ -73,11 +73,7 @@ class GaussNewtonOracle(GrowthOracle):
         **kwargs: Any,
     ) -> None:
         super().__init__(objective=objective, growth_per_step=growth_per_step, **kwargs)
-        self.morphisms = tuple([morphisms] if isinstance(morphisms, str) else morphisms)
-        for morphism in self.morphisms:
-            get(morphism)
-        if not self.morphisms:
-            raise ValueError(f"No morphisms given; expected some of {sorted(MORPHISMS)}.")
+        self.morphisms = tuple(several(morphisms))
         if not (isinstance(learning_rate, (int, float)) and 0 < learning_rate < math.inf):
             raise ValueError(f"learning_rate must be a finite number > 0. Found: {learning_rate!r}")
         if curvature not in ("auto", "exact", "sampled", "empirical"):
