@@ -458,3 +458,35 @@ def test_no_candidates_or_something_else_is_refused():
         estimator_of(model).score([], data)
     with pytest.raises(TypeError, match="Expected a Candidate, found str"):
         estimator_of(model).score(["hidden"], data)
+
+
+@pytest.mark.parametrize("kinds", [("split", "add"), ("add", "split")])
+@pytest.mark.parametrize("size", [6, None], ids=["known_size", "free_size"])
+def test_kinds_estimated_together_are_what_they_are_apart(kinds, size):
+    """TensorFlow's graph optimizer takes one kind's responses for the other's if it is let.
+
+    Where activations stand right before max-pooling; nothing fails where there are as many splits
+    as adds.
+    """
+    model = tfgrow.convert(
+        keras.Sequential(
+            [
+                keras.Input((size, size, 2)),
+                keras.layers.Conv2D(4, 3, padding="same", activation="relu"),
+                keras.layers.MaxPooling2D(2),
+                keras.layers.Conv2D(4, 3, padding="same", activation="relu", use_bias=False),
+                keras.layers.GlobalMaxPooling2D(),
+                keras.layers.Dense(3),
+            ]
+        )
+    )
+    rng = np.random.default_rng(0)
+    data = rng.normal(size=(16, 6, 6, 2)).astype("float32"), rng.normal(size=(16, 3))
+    estimator = tfgrow.GaussNewtonEstimator(model, "mse")
+    learned = estimator.learn(tfgrow.candidates(model, kinds), data, steps=2, settle=2)
+    together = estimator.score(learned, data)
+    for kind in kinds:
+        mine = [row for row, candidate in enumerate(learned) if candidate.morphism == kind]
+        apart = estimator.score([learned[row] for row in mine], data)
+        assert np.abs(apart).max() > 1e-4
+        np.testing.assert_allclose(together[mine], apart, rtol=1e-4, atol=1e-7)

@@ -69,7 +69,7 @@ class Split(Morphism):
         arriving = path.run(together, path.live_variables(group.units), observer)
         values = {}
         for leaf in group.site.leaves:
-            plus, minus = tf.split(arriving[leaf.tensor], 2)
+            plus, minus = _apart(arriving[leaf.tensor])
             now = _now(capture, group, leaf.tensor, leaf.channels)
             values[leaf.tensor] = 0.5 * (plus + minus) - now
         if observer is None:
@@ -136,6 +136,14 @@ def _moments_now(capture, group) -> dict:
 
 def _behind_one_another(first, second):
     """Two batches as one. As `tf.concat` has it, but with a gradient that is quick to trace."""
-    shape = first.shape[1:]
-    known = shape if None not in shape else tf.unstack(tf.shape(first))[1:]
-    return tf.reshape(tf.stack([first, second]), [-1, *known])
+    return tf.reshape(tf.stack([first, second]), [-1, *_inner_shape(first)])
+
+
+def _apart(both) -> list:
+    """The two batches of which one was made."""
+    return tf.unstack(tf.reshape(both, [2, -1, *_inner_shape(both)]))
+
+
+def _inner_shape(values) -> list:
+    shape = values.shape[1:]
+    return list(shape) if None not in shape else tf.unstack(tf.shape(values))[1:]
