@@ -121,26 +121,14 @@ def _responses(capture: Capture, groups: Sequence[Group], thetas: Sequence[Theta
 
 
 def _parts(values, sizes: Sequence[int]) -> list:
-    """The last axis taken apart: `[..., sum(sizes)]` to one tensor per size.
-
-    The gradient is written out because that of a slice fills all the rest with zeros.
-    """
-    if len(sizes) == 1:
-        return [values]
-    ends = np.cumsum(sizes)
-
-    @tf.custom_gradient
-    def slices(whole):
-        parts = [whole[..., end - size : end] for end, size in zip(ends, sizes, strict=True)]
-        return parts, lambda *gradients: tf.concat(gradients, axis=-1)
-
+    """The last axis taken apart: `[..., sum(sizes)]` to one tensor per size."""
     # TensorFlow's optimizer (2.21, maximum of a monotonic function) turns max_pool(relu(x)) into
     # relu(max_pool(x)) and takes the first output of whatever makes x. A node of one output between
     # them, that is not optimised away, keeps it from taking the wrong part.
     inner = values.shape[1:-1]
     return [
         tf.ensure_shape(part, (None, *inner, size))
-        for part, size in zip(slices(values), sizes, strict=True)
+        for part, size in zip(tf.split(values, sizes, axis=-1), sizes, strict=True)
     ]
 
 
