@@ -26,6 +26,7 @@ from tests.integration.fitting import (
 )
 from tfgrow.callbacks import Growth, event_line
 from tfgrow.liveness import alive_share
+from tfgrow.types import GrowthEvent
 
 
 def test_a_growing_fit():
@@ -366,3 +367,27 @@ def test_two_growths_of_one_fit_add_up():
     first, second = blind_growth(), blind_growth(morphism="add")
     history = fit(compiled(mlp()), [first, second], epochs=3).history
     assert history["tfgrow_events"] == [0, 2, 4]
+
+
+def test_the_line_of_an_event_that_keeps_the_widths():
+    grew = {"epoch": 4, "params_before": 90, "params_after": 90, "alpha": 1.0, "status": "applied"}
+    event = GrowthEvent(
+        **grew,
+        applied=(
+            {"site": "a", "morphism": "prune", "units": [0]},
+            {"site": "a", "morphism": "add", "units": [1]},
+            {"site": "b", "morphism": "split", "units": [2, 3]},
+        ),
+        widths={"b": (4, 6)},
+        flops_before=1,
+        flops_after=1,
+        estimated_change=-0.5,
+        measured_change=-0.25,
+        loss_before=1.0,
+        seconds={"learn": 1.0},
+        newborn={"a": 1, "b": 2},
+    )
+    assert event_line(event) == (
+        "growth after epoch 4: a (prune 1, add 1), b 4->6 (split 2); parameters 90 -> 90; loss "
+        "estimated -0.5000, measured -0.2500; 1.0 s"
+    )

@@ -15,6 +15,7 @@ FUNCTIONS = {
     "find_sites",
     "measure_change",
     "strip",
+    "prune",
     "widen",
 }
 CLASSES = {"GaussNewtonEstimator", "GaussNewtonOracle", "Growable"}
@@ -36,6 +37,7 @@ SIGNATURES = {
     "find_sites": ("model",),
     "measure_change": ("model", "candidates", "dataset"),
     "strip": ("model",),
+    "prune": ("model", "layer", "units"),
     "widen": ("model", "layer", "units"),
 }
 METHODS = {

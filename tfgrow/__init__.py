@@ -21,7 +21,7 @@ from tfgrow.estimator import GaussNewtonEstimator
 from tfgrow.export import export
 from tfgrow.graph.convert import convert, strip
 from tfgrow.graph.sites import Site, find_sites
-from tfgrow.growth import apply, widen
+from tfgrow.growth import apply, prune, widen
 from tfgrow.journal import Journal
 from tfgrow.layers.growable import Growable
 from tfgrow.measure import measure_change
@@ -49,6 +49,7 @@ __all__ = [
     "find_sites",
     "layers",
     "measure_change",
+    "prune",
     "schedules",
     "strip",
     "widen",

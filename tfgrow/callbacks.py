@@ -19,7 +19,7 @@ import numpy as np
 
 from tfgrow import schedules
 from tfgrow.graph.sites import find_sites
-from tfgrow.growth import describe, size_of
+from tfgrow.growth import describe, newborn_of, size_of, widths_changed, widths_of
 from tfgrow.journal import Journal
 from tfgrow.liveness import alive_share
 from tfgrow.measure import real_loss
@@ -204,7 +204,7 @@ class Growth(keras.callbacks.Callback):
 
     def _grow(self) -> None:
         with growth_transaction(self.model), self.oracle.all_or_nothing():
-            before = size_of(self.model)
+            before, widths = size_of(self.model), widths_of(self.model)
             data = self.oracle.split(self.data)
             trial, plan = self.oracle.propose(
                 self.model, data, epoch=self._epochs_done, progress=self._progress()
@@ -213,7 +213,7 @@ class Growth(keras.callbacks.Callback):
             if plan.candidates:
                 outcome, seconds = self._commit(plan, data)
                 carry_over(self._peers, self.model, outcome.changes)
-            event = self.oracle.record(trial, self._event(before, plan, outcome, seconds))
+            event = self.oracle.record(trial, self._event(before, widths, plan, outcome, seconds))
             self.journal.append(event)
         self._finished = trial.status == "STOPPED"
         self._newborn = (len(self.journal) - 1, data.held_out[:2]) if event.newborn else None
@@ -235,15 +235,14 @@ class Growth(keras.callbacks.Callback):
         )
         return outcome, {"commit": time.perf_counter() - clock}
 
-    def _event(self, before, plan: Plan, outcome: Outcome | None, seconds) -> GrowthEvent:
+    def _event(self, before, widths, plan: Plan, outcome: Outcome | None, seconds) -> GrowthEvent:
         applied = outcome is not None and outcome.alpha > 0
         after = size_of(self.model)
-        widths = dict(plan.widths) if applied else {}
         reason = plan.reason if applied or outcome is None else self._why_rejected(outcome)
         return GrowthEvent(
             epoch=self._epochs_done,
             applied=describe(outcome.candidates) if outcome else (),
-            widths=widths,
+            widths=widths_changed(widths, self.model),
             params_before=before[0],
             params_after=after[0],
             flops_before=before[1],
@@ -253,7 +252,7 @@ class Growth(keras.callbacks.Callback):
             loss_before=outcome.loss_before if outcome else None,
             alpha=outcome.alpha if outcome else 0.0,
             seconds={**plan.seconds, **seconds},
-            newborn={name: new - old for name, (old, new) in widths.items()},
+            newborn=newborn_of(outcome.candidates) if outcome and applied else {},
             status="applied" if applied else "rejected" if outcome else "nothing",
             reason=reason,
         )
@@ -351,13 +350,18 @@ def event_line(event: GrowthEvent) -> str:
     for edit in event.applied:
         how.setdefault(edit["site"], []).append(f"{edit['morphism']} {len(edit['units'])}")
     grew = ", ".join(
-        f"{name} {old}->{new} ({', '.join(how[name])})" for name, (old, new) in event.widths.items()
+        f"{name} {_arrow(event.widths.get(name))}({', '.join(edits)})"
+        for name, edits in how.items()
     )
     scale = "" if event.alpha == 1 else f" at scale {event.alpha:g}"
     return (
         f"growth after epoch {event.epoch}: {grew}; parameters {event.params_before:,} -> "
         f"{event.params_after:,}; {loss}{scale}; {seconds:.1f} s"
     )
+
+
+def _arrow(widths: tuple[int, int] | None) -> str:
+    return f"{widths[0]}->{widths[1]} " if widths else ""
 
 
 def _estimate(plan: Plan, outcome: Outcome | None) -> float | None:

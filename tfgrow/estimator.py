@@ -14,7 +14,7 @@ from tfgrow.capture.capture import find_head
 from tfgrow.capture.checks import check_batch, check_loss
 from tfgrow.capture.execute import float32_compute
 from tfgrow.curvature.loss_head import make_loss_head, resolve_curvature
-from tfgrow.curvature.normal import add_sums, cross_damping
+from tfgrow.curvature.normal import add_sums
 from tfgrow.graph.nodes import trace
 from tfgrow.graph.versions import version_of
 from tfgrow.morphisms.base import Candidate
@@ -119,6 +119,8 @@ class GaussNewtonEstimator:
         settled = _Settled()
         step = None
         settling = max(2, settle) if any(_settles(group) for group in groups) else 0
+        if not parameters.size:
+            steps = 0  # all there is has a closed form
         for number in range(steps + settling):
             rate = learning_rate * _fade(number, steps) if number < steps else 0.0
             batch = self._checked(next(stream))
@@ -270,7 +272,8 @@ class _Settled:
         if not group.morphism.solved:
             return {}
         first, second = (half[index] for half in self._halves)
-        return group.morphism.solve(group, add_sums(first, second), cross_damping(first, second))
+        damping = group.morphism.choose_damping(group, first, second)
+        return group.morphism.solve(group, add_sums(first, second), damping)
 
     def moments(self, index: int) -> dict[str, np.ndarray]:
         """A group's statistics, averaged over the batches."""

@@ -1,10 +1,10 @@
-"""Growing by hand: apply chosen candidates, or widen a layer."""
+"""Growing by hand: apply chosen candidates, widen a layer, or prune it."""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import keras
 import numpy as np
@@ -14,6 +14,7 @@ from tfgrow.graph.cost import model_flops
 from tfgrow.graph.nodes import functional_of, trace
 from tfgrow.graph.sites import find_sites
 from tfgrow.morphisms.base import Candidate
+from tfgrow.morphisms.prune import copies_of
 from tfgrow.morphisms.registry import candidates as make_candidates
 from tfgrow.morphisms.registry import check_current, get
 from tfgrow.surgery.apply import apply_edits
@@ -55,14 +56,10 @@ def apply(model: keras.Model, candidates: Sequence[Candidate] | Candidate) -> Gr
     widths = widths_of(model)
     apply_edits(model, edits_of(chosen))
     after = size_of(model)
-    grown = {
-        name: (widths[name], units) for name, units in widths_of(model).items()
-        if units != widths[name]
-    }  # fmt: skip
     return GrowthEvent(
         epoch=0,
         applied=describe(chosen),
-        widths=grown,
+        widths=widths_changed(widths, model),
         params_before=before[0],
         params_after=after[0],
         flops_before=before[1],
@@ -72,7 +69,7 @@ def apply(model: keras.Model, candidates: Sequence[Candidate] | Candidate) -> Gr
         loss_before=None,
         alpha=1.0,
         seconds={"surgery": time.perf_counter() - started},
-        newborn={name: new - old for name, (old, new) in grown.items()},
+        newborn=newborn_of(chosen),
     )
 
 
@@ -103,6 +100,54 @@ def widen(model: keras.Model, layer: str, units: int, seed: int = 0) -> GrowthEv
     require_whole("units", units, optional=False)
     new = make_candidates(model, ("add",), sites=[layer], new_units=int(units), seed=seed)
     return apply(model, new)
+
+
+def prune(model: keras.Model, layer: str, units: Sequence[int]) -> GrowthEvent:
+    """Removes units of a layer.
+
+    What the model computes is unchanged where it can be: for units that the layers after them do
+    not use, and for exact copies of units that stay, which take over their outgoing weights. To let
+    the others stand in for any unit as well as they can, learn candidates of `"prune"` with
+    `GaussNewtonEstimator.learn` on data and `apply` them.
+
+    Args:
+      model: a growable model.
+      layer: name of the layer to prune (a site).
+      units: which to remove, by index.
+
+    Returns:
+      The event, as from `apply`.
+
+    Raises:
+      ValueError: for a layer that can't be pruned, or units that it does not have.
+
+    Example:
+
+    >>> import keras, tfgrow
+    >>> model = tfgrow.convert(keras.Sequential(
+    ...     [keras.Input((4,)), keras.layers.Dense(3, "relu", name="a"), keras.layers.Dense(2)]))
+    >>> tfgrow.prune(model, "a", units=[1]).widths
+    {'a': (3, 2)}
+    """
+    if not isinstance(layer, str):
+        raise TypeError(f"prune takes the name of a layer, found {layer!r}.")
+    removable = {c.unit: c for c in make_candidates(model, ("prune",), sites=[layer])}
+    wanted = list(units)
+    unknown = [unit for unit in wanted if unit not in removable]
+    if unknown or not wanted or len(set(wanted)) < len(wanted):
+        raise ValueError(
+            f"units must be some of the units {sorted(removable)} of layer '{layer}', each once; "
+            f"found {units!r}."
+        )
+    going = set(wanted)
+    copies = copies_of(removable[wanted[0]].site)
+    chosen = []
+    for unit in wanted:
+        candidate = removable[unit]
+        share = np.zeros(candidate.site.units, "float32")
+        share[[other for other in copies[unit] if other not in going][:1]] = 1.0
+        chosen.append(candidate.replace(theta={**candidate.theta, "share": share}))
+    return apply(model, chosen)
 
 
 def checked(model: keras.Model, candidates: Sequence[Candidate] | Candidate) -> list[Candidate]:
@@ -160,9 +205,20 @@ def describe(candidates: Sequence[Candidate]) -> tuple[dict, ...]:
     )
 
 
+def newborn_of(candidates: Sequence[Candidate]) -> dict[str, int]:
+    """Site name -> number of units that the candidates bring."""
+    return dict(Counter(c.site.name for c in candidates if get(c.morphism).units > 0))
+
+
 def widths_of(model: keras.Model) -> dict[str, int]:
     """Units of every site that can grow, by name."""
     return {site.name: site.units for site in find_sites(model) if site.blocked is None}
+
+
+def widths_changed(before: Mapping[str, int], model: keras.Model) -> dict[str, tuple[int, int]]:
+    """Site name -> (units before, units now) where they differ; `before` is from `widths_of`."""
+    now = widths_of(model)
+    return {name: (before[name], units) for name, units in now.items() if units != before[name]}
 
 
 def size_of(model: keras.Model) -> tuple[int, int]:

@@ -122,15 +122,15 @@ class Passes:
         loss = self._sum_of_losses(batch, captured)
         new, kept = _equations(captured, groups, perturbed, sums, loss)
 
+        learning = [row for row, group in enumerate(groups) if group.morphism.learned]
+
         def improve():
-            solved = [
-                group.morphism.solve(group, mine, LEARNING_DAMPING) if mine else {}
-                for group, mine in zip(groups, kept, strict=True)
-            ]
-            whole = [{**theta, **phi} for theta, phi in zip(thetas, solved, strict=True)]
-            covectors = _covectors(captured, groups, whole, perturbed)
-            total, slopes = objective(groups, covectors, perturbed)
-            values = [effect.values for effect in perturbed]
+            mine = [groups[row] for row in learning]
+            effects = [perturbed[row] for row in learning]
+            whole = [{**thetas[row], **_solved(groups[row], kept[row])} for row in learning]
+            covectors = _covectors(captured, mine, whole, effects)
+            total, slopes = objective(mine, covectors, effects)
+            values = [effect.values for effect in effects]
             gradient = tape.gradient(values, vector, output_gradients=slopes)
             count = _count(batch[2])
             return (*_adam_step(adam, gradient / count, rate), total / count)
@@ -138,7 +138,7 @@ class Passes:
         def settle():  # closed forms and statistics only: spared is more than half of the step
             return (*adam, loss)
 
-        *adam, total = tf.cond(rate > 0.0, improve, settle)
+        *adam, total = tf.cond(rate > 0.0, improve, settle) if learning else settle()
         return tuple(adam), new, kept, [dict(effect.moments) for effect in perturbed], total
 
 
@@ -157,17 +157,24 @@ class Parameters:
             if name in group.theta
         ]
 
+    @property
+    def size(self) -> int:
+        """Number of parameters."""
+        return sum(int(np.prod(shape, dtype=np.int64)) for _, _, shape, _ in self._layout)
+
     def pack(self) -> np.ndarray:
         """The groups' parameters as the vector."""
         parts = [
             (self._groups[row].theta[name] / unit).reshape(-1)
             for row, name, _, unit in self._layout
         ]
-        return np.concatenate(parts).astype("float32")
+        return np.concatenate([np.zeros(0), *parts]).astype("float32")
 
     def unpack(self, vector) -> list[dict[str, Any]]:
         """The vector as one dict of stacked parameters per group."""
         thetas: list[dict[str, Any]] = [{} for _ in self._groups]
+        if not self._layout:
+            return thetas
         sizes = [int(np.prod(shape, dtype=np.int64)) for _, _, shape, _ in self._layout]
         for part, (row, name, shape, unit) in zip(
             tf.split(vector, sizes), self._layout, strict=True
@@ -191,6 +198,11 @@ def _equations(captured, groups, perturbed, sums, loss):
         new.append(mine)
         kept.append(add_sums(scale_sums(old, FORGET), mine))
     return new, kept
+
+
+def _solved(group, sums) -> dict[str, Any]:
+    """A group's closed form while it is learned; nothing where all of it is learned."""
+    return group.morphism.solve(group, sums, LEARNING_DAMPING) if sums else {}
 
 
 def _count(weight):

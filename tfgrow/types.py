@@ -64,6 +64,9 @@ class AxisSource:
         divided by the one with respect to its source: how optimizer moments are inherited.
       newborn_zero: whether newborn entries are zero in the function-preserving image of other
         weights (outgoing weights of new units); else they take the value given with the change.
+      fold: float array `[old_size, old_size]` that weight-like quantities are multiplied by along
+        the axis before they are inherited (removed units' weights go to those that stand in for
+        them), or None.
     """
 
     axis: int
@@ -71,6 +74,14 @@ class AxisSource:
     value_scale: np.ndarray
     gradient_scale: np.ndarray
     newborn_zero: bool = False
+    fold: np.ndarray | None = None
+
+    def folded(self, values: np.ndarray) -> np.ndarray:
+        """Weight-like values of the old shape after `fold`."""
+        if self.fold is None:
+            return values
+        moved = np.tensordot(self.fold, values, axes=(1, self.axis))
+        return np.moveaxis(moved, 0, self.axis)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -119,18 +130,39 @@ class NewUnit:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class RemovedUnit:
+    """What stands in, at the consumers, for a unit that is taken away.
+
+    Attributes:
+      shares: float array `[units]`: its values are taken as the sum of the site's other units'
+        values (its own entry counts for nothing), times these, ...
+      offset: ... plus this. Only for sites whose consumers can all `absorb_constant`.
+    """
+
+    shares: np.ndarray
+    offset: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class WidthEdit:
-    """An edit of one site's width: all that surgery knows of split, add, widen...
+    """An edit of one site's width: all that surgery knows of split, add, prune, widen...
 
     Attributes:
       site: the site edited.
       replaced: old units that change, by index.
       appended: units added at the end.
+      removed: old units that go, by index.
     """
 
     site: Any
-    replaced: Mapping[int, NewUnit]
-    appended: tuple[NewUnit, ...]
+    replaced: Mapping[int, NewUnit] = dataclasses.field(default_factory=dict)
+    appended: tuple[NewUnit, ...] = ()
+    removed: Mapping[int, RemovedUnit] = dataclasses.field(default_factory=dict)
+
+    @property
+    def new_width(self) -> int:
+        """Units of the site after the edit."""
+        return self.site.units + len(self.appended) - len(self.removed)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -240,3 +240,26 @@ def test_targets_that_do_not_fit_the_loss():
         quick_oracle().check(model, arrays())
     model = compiled(mlp(), loss=logits_loss())
     quick_oracle().check(model, arrays())
+
+
+def test_with_prune_a_full_budget_does_not_end_growth():
+    model = two_layers()
+    limits = {"max_params": model.count_params(), "growth_per_step": None}
+    kept = quick_oracle(morphisms=("add",), **limits)
+    assert kept.propose(model, arrays())[0].status == "STOPPED"
+    oracle = quick_oracle(morphisms=("split", "add", "prune"), max_trials=1, **limits)
+    trial, plan = oracle.propose(model, arrays())
+    assert trial.status in ("RUNNING", "IDLE")
+    assert plan.cost.params <= 0
+    removed = {(c.site.name, c.unit): c for c in plan.candidates if c.morphism == "prune"}
+    for (site, unit), candidate in removed.items():
+        for other_site, other in removed:
+            if other_site == site and other != unit:
+                assert abs(candidate.theta["share"][other]) <= 0.1
+
+
+def test_round_to_and_prune_exclude_each_other():
+    with pytest.raises(
+        ValueError, match=r"round_to=4 works with morphisms that add units; .*'prune'"
+    ):
+        quick_oracle(morphisms=("add", "prune"), round_to=4)

@@ -451,3 +451,82 @@ def test_a_name_with_special_characters_matches_itself():
 def test_unknown_names_are_listed_all():
     with pytest.raises(ValueError, match=r"\['conv3', 'head'\].*Found: \['conv1', 'conv2'"):
         matching_names(NAMES, include=["conv1", "conv3"], exclude=["head"])
+
+
+def exchange_case(removal_costs, gram=None, widths=None):
+    """One unit to add at `a` for -1.0; removals at `b` that raise the loss by `removal_costs`."""
+    count = 1 + len(removal_costs)
+    gram = np.zeros((count, count)) if gram is None else gram
+    interaction = Interaction(np.array([-1.0, *removal_costs]), gram)
+    groups = [Group("a"), *(Group("b", unit, units=-1) for unit in range(len(removal_costs)))]
+    return Case(interaction, groups, widths or {"a": 4, "b": 4})
+
+
+def test_removals_make_room_where_they_cost_less_than_is_gained():
+    """One unit more at `a` costs 63 parameters, one less at `b` frees 126."""
+    case = exchange_case([0.7, 0.2, 0.5])
+    found = case.select(params=0)
+    assert found.indices == (0, 2)
+    assert found.estimated_change == pytest.approx(-0.8)
+    assert found.cost.params <= 0
+    assert found.marginal_gains == pytest.approx((1.0, -0.2))
+    assert exchange_case([1.2, 1.1, 1.5]).select(params=0).indices == ()
+    assert exchange_case([0.2, 0.2]).select(params=1000).indices == (0,)
+
+
+def test_several_removals_are_weighed_together():
+    """Either removal alone is cheap, but both together are not: the third takes its place."""
+    gram = np.zeros((4, 4))
+    gram[1, 2] = gram[2, 1] = 5.0
+    case = exchange_case([0.1, 0.1, 0.3], gram, widths={"a": 4, "b": 20})
+    assert case.cost_of((0, 1)).params > 0 >= case.cost_of((0, 1, 2)).params
+    found = case.select(params=0)
+    assert set(found.indices) in ({0, 1, 3}, {0, 2, 3})
+    assert found.estimated_change == pytest.approx(-0.6)
+
+
+def test_removals_that_lower_the_loss_go_by_themselves():
+    found = exchange_case([-0.3, 0.2]).select(params=0)
+    assert set(found.indices) == {0, 1}
+
+
+def test_a_site_keeps_its_last_unit():
+    case = exchange_case([-0.1, -0.1], widths={"a": 4, "b": 2})
+    assert len([i for i in case.select(params=10_000).indices if i]) == 1
+    last = exchange_case([0.1], widths={"a": 4, "b": 1})
+    assert last.select(params=0).indices == ()
+
+
+def test_conflicting_removals_are_not_chosen_together():
+    case = exchange_case([-0.3, -0.2])
+    conflicts = np.zeros((3, 3), dtype=bool)
+    conflicts[1, 2] = conflicts[2, 1] = True
+    found = select(
+        case.interaction,
+        groups=case.groups,
+        widths=case.widths,
+        cost_of=case.cost_of,
+        conflicts=conflicts,
+    )
+    assert set(found.indices) == {0, 1}
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10_000), budget=st.integers(0, 300))
+def test_selections_with_removals_stay_within_every_rule(seed, budget):
+    case = random_case(seed)
+    rng = np.random.default_rng(seed)
+    groups = [
+        dataclasses.replace(group, units=-1 if rng.random() < 0.4 else group.units)
+        for group in case.groups
+    ]
+    case = dataclasses.replace(case, groups=groups)
+    found = case.select(params=budget)
+    assert case.allowed(found.indices)
+    assert case.cost_of(found.indices).params <= budget or not found.indices
+    after = dict(case.widths)
+    for i in found.indices:
+        after[groups[i].site] += groups[i].units
+    assert min(after.values()) >= 1
+    assert found.estimated_change <= 0
+    assert sum(found.marginal_gains) == pytest.approx(-found.estimated_change, abs=1e-9)

@@ -8,7 +8,7 @@ from keras import layers
 import tfgrow
 from tests.cases import by_name, randomize
 from tfgrow.morphisms.registry import get
-from tfgrow.surgery.weights import inherited, layer_changes, merge_edits, new_width
+from tfgrow.surgery.weights import inherited, layer_changes, merge_edits
 from tfgrow.types import NEWBORN, NewUnit, WidthEdit
 
 
@@ -115,7 +115,7 @@ def test_edits_of_a_site_are_merged():
     edits = edits_of(model, "split", 0) + edits_of(model, "split", 1)
     edits += edits_of(model, "add", 0, new_units=1)
     (merged,) = merge_edits(edits)
-    assert new_width(merged) == 2 + 3
+    assert merged.new_width == 2 + 3
     assert set(merged.replaced) == {0, 1}
     changed = changes_by_layer(edits)["a"].variables["kernel"].sources[0].source
     np.testing.assert_array_equal(changed, [0, 1, 0, 1, NEWBORN])

@@ -18,6 +18,8 @@ PathVariables = tuple[Mapping[str, Any], ...]
 
 Observe = Callable[[int, Any], None]
 
+Units = Sequence[int] | np.ndarray
+
 
 class Path:
     """The way of `count` units of a site from the producer's response to the consumers' inputs.
@@ -36,7 +38,7 @@ class Path:
         self.steps: tuple[Step, ...] = steps_with_activation(site)
         self.maps: dict[int, ChannelMap] = channel_maps(site, count)
 
-    def positions(self, tensor: int, full: ChannelMap, units: Sequence[int]) -> np.ndarray:
+    def positions(self, tensor: int, full: ChannelMap, units: Units) -> np.ndarray:
         """Positions of `units` on the model's axis of a tensor, in the layout of this path.
 
         Args:
@@ -110,6 +112,17 @@ class Path:
         lead = [dynamic[axis] if n is None else n for axis, n in enumerate(values.shape[:-1])]
         return tf.reshape(grouped, [*lead, *mine.index.shape])
 
+    def lay_out(self, tensor: int, values):
+        """The inverse of `by_unit`: `[..., count, blocks] -> [..., size]`."""
+        mine = self.maps[tensor]
+        if mine.blocks == 1:
+            return tf.squeeze(values, -1)
+        order = np.empty(mine.size, dtype=np.int64)
+        order[mine.index.reshape(-1)] = np.arange(mine.size)
+        dynamic = tf.shape(values)
+        lead = [dynamic[axis] if n is None else n for axis, n in enumerate(values.shape[:-2])]
+        return take(tf.reshape(values, [*lead, mine.size]), order)
+
     def per_unit(self, tensor: int, values):
         """Sums over positions and blocks: `[1 + K, N, ..., size] -> [1 + K, N, count]`."""
         flat = _sum_positions(values)
@@ -136,7 +149,7 @@ def _owners(mine: ChannelMap) -> np.ndarray:
     return owners
 
 
-def _positions(mine: ChannelMap, full: ChannelMap, units: Sequence[int]) -> np.ndarray:
+def _positions(mine: ChannelMap, full: ChannelMap, units: Units) -> np.ndarray:
     flat = np.empty(mine.size, dtype=np.int64)
     flat[mine.index] = full.index[np.asarray(units)]
     return flat

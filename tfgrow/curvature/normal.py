@@ -10,7 +10,7 @@ gradient first; weights of all consumers are flattened and joined to `[n, W]`, `
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -185,17 +185,27 @@ def add_sums(first: Sums, second: Sums) -> dict[str, tf.Tensor]:
     return {name: first[name] + second[name] for name in first}
 
 
-def cross_damping(first: Sums, second: Sums) -> np.ndarray:
+def cross_damping(
+    first: Sums, second: Sums, solve: Callable, change: Callable, generous: float = GENEROUS
+) -> np.ndarray:
     """The damping `[n]` at which the solution on either half does well on the other.
 
-    It is the largest of `DAMPINGS` that keeps the share `GENEROUS` of the best one's gain.
+    It is the largest of `DAMPINGS` that keeps the share `generous` of the best one's gain.
+
+    Args:
+      first: sums over one half of the data.
+      second: sums over the other.
+      solve: (sums, dampings `[D, 1]`) -> the solutions on them, such as `solve_sums`.
+      change: (sums, solutions) -> `[D, n]`, the change that they promise on the sums' data against
+        no step at all, such as `quadratic`.
+      generous: see above.
     """
     dampings = np.asarray(DAMPINGS)[:, None]
-    forth = quadratic(second, solve_sums(first, dampings))
-    back = quadratic(first, solve_sums(second, dampings))
+    forth = change(second, solve(first, dampings))
+    back = change(first, solve(second, dampings))
     gains = -(forth + back)
     best = np.max(gains, axis=0)
     # where no damping gains anything, the largest does the least harm
-    keeps = (gains >= GENEROUS * best) | (best <= 0)
+    keeps = (gains >= generous * best) | (best <= 0)
     last = len(DAMPINGS) - 1 - np.argmax(keeps[::-1], axis=0)
     return np.asarray(DAMPINGS)[last]

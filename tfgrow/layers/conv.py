@@ -23,6 +23,11 @@ class _Conv(Mixing):
             return f"layer '{self.name}' has LoRA or quantized weights, which can't be resized"
         return channels_last_only(self)
 
+    @property
+    def absorbs_constant(self):
+        unpadded = self.padding == "valid" or all(size == 1 for size in self.kernel_size)
+        return self.use_bias and unpadded
+
     def linear(self, inputs, kernel, bias=None):
         outputs = self.convolution_op(inputs, kernel)
         return outputs if bias is None else outputs + bias

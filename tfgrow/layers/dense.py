@@ -29,6 +29,10 @@ class Dense(Mixing, keras.layers.Dense):
             return f"layer '{self.name}' has LoRA or quantized weights, which can't be resized"
         return None
 
+    @property
+    def absorbs_constant(self):
+        return self.use_bias
+
     def linear(self, inputs, kernel, bias=None):
         outputs = ops.matmul(inputs, kernel)
         return outputs if bias is None else outputs + bias

@@ -106,6 +106,14 @@ class Mixing(Growable):
         """Number of output channels now."""
         return int(getattr(self, self.units_attribute))
 
+    @property
+    def absorbs_constant(self) -> bool:
+        """Whether a constant added to a whole input channel is one that the bias can take over.
+
+        It isn't where there is no bias, or where padding stands beside the channel.
+        """
+        return False
+
     def linear(self, inputs, kernel, bias=None):
         """The layer's response before its activation, with the given weights.
 

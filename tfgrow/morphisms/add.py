@@ -19,7 +19,14 @@ import tensorflow as tf
 from tfgrow.capture.capture import consumer_taps
 from tfgrow.capture.execute import tensor_tap
 from tfgrow.capture.path import take
-from tfgrow.curvature.normal import dense_sums, kronecker_sums, solve_sums, zero_sums
+from tfgrow.curvature.normal import (
+    cross_damping,
+    dense_sums,
+    kronecker_sums,
+    quadratic,
+    solve_sums,
+    zero_sums,
+)
 from tfgrow.morphisms.base import Candidate, Morphism, Perturbed
 from tfgrow.morphisms.path_state import (
     Observer,
@@ -120,6 +127,10 @@ class Add(Morphism):
             solved[f"phi/{index}"] = tf.reshape(solution[:, start : start + size], (-1, *shape))
             start += size
         return solved
+
+    def choose_damping(self, group, first, second):
+        del group
+        return cross_damping(first, second, solve_sums, quadratic)
 
     def edit(self, candidate):
         site = candidate.site

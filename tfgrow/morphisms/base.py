@@ -16,10 +16,10 @@ from typing import Any, ClassVar
 import numpy as np
 import tensorflow as tf
 
-from tfgrow.capture.capture import Capture, producer_input
-from tfgrow.capture.execute import Tap
-from tfgrow.capture.path import Path
-from tfgrow.graph.sites import Site
+from tfgrow.capture.capture import Capture, leaf_taps, producer_input
+from tfgrow.capture.execute import Tap, tensor_tap
+from tfgrow.capture.path import Path, take
+from tfgrow.graph.sites import Leaf, Site
 from tfgrow.morphisms.weights import as_layer_weights
 from tfgrow.types import Cost, WidthEdit
 
@@ -171,6 +171,7 @@ class Morphism:
         variables, to which `perturb` is given the response.
       edits_unit: whether a candidate edits the old unit it names, so that two such candidates
         exclude each other; else it brings something new.
+      units: by how many units a candidate changes the width of its site.
     """
 
     name: ClassVar[str]
@@ -178,6 +179,7 @@ class Morphism:
     solved: ClassVar[tuple[str, ...]] = ()
     reads_producer: ClassVar[bool] = True
     edits_unit: ClassVar[bool] = True
+    units: ClassVar[int] = 1
 
     def candidates(self, site: Site, *, new_units: int, seed: int) -> list[Candidate]:
         """The site's candidates with theta initialised; `cost` is filled in by the caller."""
@@ -236,10 +238,48 @@ class Morphism:
         """The solved parameters from summed normal equations, as tensors, damped."""
         raise NotImplementedError
 
+    def choose_damping(self, group: Group, first: Mapping, second: Mapping) -> np.ndarray:
+        """The damping `[n]` for `solve`, from the summed equations of two halves of the data."""
+        raise NotImplementedError
+
     def edit(self, candidate: Candidate) -> WidthEdit:
         """The change to the model that the candidate stands for."""
         raise NotImplementedError
 
-    def scaled(self, candidate: Candidate, alpha: float) -> Candidate:
-        """The candidate with its perturbation scaled down; at 0 the function is unchanged."""
+    def scaled(self, candidate: Candidate, alpha: float) -> Candidate | None:
+        """The candidate with its perturbation scaled down; at 0 the function is unchanged.
+
+        None where it can only be applied as a whole: it is left out at scales under 1.
+        """
         raise NotImplementedError
+
+
+class AtInputs(Morphism):
+    """A morphism whose perturbation lies at its units' channels of what the consumers read.
+
+    Subclasses return it from `perturb` in the layout of the group's path.
+    """
+
+    def taps(self, site):
+        return leaf_taps(site)
+
+    def covectors(self, capture, group, theta, perturbed):
+        del theta, perturbed
+        return {
+            leaf.tensor: take(capture.cotangents[tensor_tap(leaf.tensor)], where(group, leaf))
+            for leaf in group.site.leaves
+        }
+
+    def tangents(self, group, theta, perturbed):
+        del theta
+        tangents = {}
+        for leaf in group.site.leaves:
+            scatter = tf.one_hot(where(group, leaf), leaf.channels.size, dtype=tf.float32)
+            delta = perturbed.values[leaf.tensor]
+            tangents[tensor_tap(leaf.tensor)] = tf.tensordot(delta, scatter, 1)
+        return tangents
+
+
+def where(group: Group, leaf: Leaf) -> np.ndarray:
+    """Positions of a group's units at a leaf, in the layout of the group's path."""
+    return group.path.positions(leaf.tensor, leaf.channels, group.units)

@@ -98,16 +98,8 @@ def stacked_path_variables(
         moments = moments_at(number)
         if moments is not None:
             moments = Moments(
-                _lay_out(path, step.source, moments.mean),
-                _lay_out(path, step.source, moments.variance),
+                path.lay_out(step.source, moments.mean),
+                path.lay_out(step.source, moments.variance),
             )
         result.append(step.view.newborn_variables(variables, moments))
     return tuple(result)
-
-
-def _lay_out(path: Path, tensor: int, values):
-    """`[n, blocks]` -> `[size]`, the inverse of `Path.by_unit`."""
-    index = path.maps[tensor].index
-    order = np.empty(index.size, dtype=np.int64)
-    order[index.reshape(-1)] = np.arange(index.size)
-    return tf.gather(tf.reshape(values, [-1]), order)

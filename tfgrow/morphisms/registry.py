@@ -13,9 +13,10 @@ from tfgrow.graph.sites import Site, sites_of
 from tfgrow.graph.versions import version_of
 from tfgrow.morphisms.add import Add
 from tfgrow.morphisms.base import Candidate, Group, Morphism
+from tfgrow.morphisms.prune import Prune
 from tfgrow.morphisms.split import Split
 
-MORPHISMS: dict[str, Morphism] = {morphism.name: morphism for morphism in (Split(), Add())}
+MORPHISMS: dict[str, Morphism] = {morphism.name: morphism for morphism in (Split(), Add(), Prune())}
 
 
 def get(identifier: str | Morphism) -> Morphism:
@@ -83,8 +84,8 @@ def candidates(
     costs = CostModel(graph, every)
     found = []
     for site in _chosen(model, every, sites):
-        alone = costs.extra({site.name: 1})
         for kind in kinds:
+            alone = costs.extra({site.name: kind.units})
             for candidate in kind.candidates(site, new_units=new_units, seed=seed):
                 found.append(candidate.replace(cost=alone))
     return found

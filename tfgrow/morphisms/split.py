@@ -14,10 +14,10 @@ from __future__ import annotations
 import numpy as np
 import tensorflow as tf
 
-from tfgrow.capture.capture import leaf_taps, producer_response
+from tfgrow.capture.capture import producer_response
 from tfgrow.capture.execute import tensor_tap
 from tfgrow.capture.path import take
-from tfgrow.morphisms.base import Candidate, Morphism, Perturbed
+from tfgrow.morphisms.base import AtInputs, Candidate, Perturbed
 from tfgrow.morphisms.path_state import Observer, child_path
 from tfgrow.morphisms.weights import fan_in_weights, unit_scale
 from tfgrow.types import ChannelMap, Cost, NewUnit, WidthEdit
@@ -30,7 +30,7 @@ CHILDREN = ("plus", "minus")
 """The two children, in the state's names; `"now"` is the undisturbed unit."""
 
 
-class Split(Morphism):
+class Split(AtInputs):
     """Splits one unit into two. See the module's docstring."""
 
     name = "split"
@@ -50,9 +50,6 @@ class Split(Morphism):
             Candidate(site, self.name, unit, {k: v[unit] for k, v in theta.items()}, {}, Cost())
             for unit in range(site.units)
         ]
-
-    def taps(self, site):
-        return leaf_taps(site)
 
     def scale(self, site, units):
         size = unit_scale(site)[units]
@@ -75,24 +72,6 @@ class Split(Morphism):
         if observer is None:
             return Perturbed(values, {})
         return Perturbed(values, {**observer.seen, **_moments_now(capture, group)})
-
-    def covectors(self, capture, group, theta, perturbed):
-        del theta, perturbed
-        covectors = {}
-        for leaf in group.site.leaves:
-            index = group.path.positions(leaf.tensor, leaf.channels, group.units)
-            covectors[leaf.tensor] = take(capture.cotangents[tensor_tap(leaf.tensor)], index)
-        return covectors
-
-    def tangents(self, group, theta, perturbed):
-        del theta
-        tangents = {}
-        for leaf in group.site.leaves:
-            index = group.path.positions(leaf.tensor, leaf.channels, group.units)
-            scatter = tf.one_hot(index, leaf.channels.size, dtype=tf.float32)
-            delta = perturbed.values[leaf.tensor]
-            tangents[tensor_tap(leaf.tensor)] = tf.tensordot(delta, scatter, 1)
-        return tangents
 
     def edit(self, candidate):
         site, unit = candidate.site, candidate.unit

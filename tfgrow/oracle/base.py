@@ -484,9 +484,15 @@ class GrowthOracle(keras_tuner.Oracle, abc.ABC):
     def _worst_score(self) -> float:
         return -math.inf if self.objective.direction == "max" else math.inf
 
-    def _why_stopped(self, model: Any) -> str | None:
+    def _why_out_of_trials(self) -> str | None:
         if self.max_trials and len(self.trials) >= self.max_trials:
             return f"limit of {self.max_trials} growth steps reached"
+        return None
+
+    def _why_stopped(self, model: Any) -> str | None:
+        reason = self._why_out_of_trials()
+        if reason:
+            return reason
         if self.max_params is not None and model.count_params() >= self.max_params:
             return f"budget of {self.max_params} parameters reached"
         return None

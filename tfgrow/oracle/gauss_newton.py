@@ -9,9 +9,11 @@ from itertools import islice
 from typing import Any
 
 import keras
+import numpy as np
 
 from tfgrow._checks import require_whole
 from tfgrow.capture.batches import batches_of
+from tfgrow.curvature.stand_in import STANDS_IN
 from tfgrow.estimator import SETTLE, GaussNewtonEstimator
 from tfgrow.graph.cost import CostModel
 from tfgrow.graph.nodes import trace
@@ -36,7 +38,8 @@ class GaussNewtonOracle(GrowthOracle):
 
     Args:
       objective: name of the metric that ranks the trials.
-      morphisms: kinds of edits to consider.
+      morphisms: kinds of edits to consider. With `"prune"` among them the network reshapes itself
+        within its budget, and growing ends at `max_trials` only.
       curvature: see `GaussNewtonEstimator`. For the time one batch of exact columns takes, three
         batches of sampled ones are learned or scored on, which is worth more.
       new_units: single new units tried per site and step.
@@ -74,6 +77,12 @@ class GaussNewtonOracle(GrowthOracle):
     ) -> None:
         super().__init__(objective=objective, growth_per_step=growth_per_step, **kwargs)
         self.morphisms = tuple(several(morphisms))
+        self._removes = any(kind.units < 0 for kind in self.morphisms)
+        if self._removes and (self._limits.round_to or 1) > 1:
+            raise ValueError(
+                f"round_to={self._limits.round_to} works with morphisms that add units; found "
+                f"{[kind.name for kind in self.morphisms]}. Leave out round_to, or 'prune'."
+            )
         if not (isinstance(learning_rate, (int, float)) and 0 < learning_rate < math.inf):
             raise ValueError(f"learning_rate must be a finite number > 0. Found: {learning_rate!r}")
         if curvature not in ("auto", "exact", "sampled", "empirical"):
@@ -129,7 +138,7 @@ class GaussNewtonOracle(GrowthOracle):
         limits = self.limits(model.count_params(), costs.base.flops, smallest)
         seed = self.next_seed()
         every = make_candidates(model, self.morphisms, wanted, self.new_units, seed)
-        candidates = [candidate for candidate in every if _fits(candidate.cost, limits)]
+        candidates = [c for c in every if self._removes or _fits(c.cost, limits)]
         if not candidates:
             costs_alone = [candidate.cost for candidate in every]
             reason = _why_none(costs_alone, limits)
@@ -149,6 +158,7 @@ class GaussNewtonOracle(GrowthOracle):
             cost_of=lambda chosen: _joint_cost(costs, [learned[i] for i in chosen]),
             limits=limits,
             tie_break_seed=seed,
+            conflicts=_conflicts(learned) if self._removes else None,
         )
         clock.lap("select")
         chosen = tuple(learned[i] for i in selection.indices)
@@ -169,7 +179,12 @@ class GaussNewtonOracle(GrowthOracle):
         return estimator.joint_change(candidates, batches)
 
     def _why_stopped(self, model: keras.Model) -> str | None:
-        """Also when there is some budget left, but not enough for the smallest edit."""
+        """Also when there is some budget left, but not enough for the smallest edit.
+
+        Never where units can be taken away too: the network can be reshaped within its budget.
+        """
+        if self._removes:
+            return self._why_out_of_trials()
         reason = super()._why_stopped(model)
         if reason or (self.max_params is None and self.max_flops is None):
             return reason
@@ -211,11 +226,27 @@ class _Clock:
 
 def _group(candidate: Candidate) -> Group:
     """Two edits of one old unit exclude each other; what is new excludes nothing."""
+    kind = get(candidate.morphism)
     return Group(
         site=candidate.site.name,
-        excludes=candidate.unit if get(candidate.morphism).edits_unit else None,
+        excludes=candidate.unit if kind.edits_unit else None,
+        units=kind.units,
         cost_class=candidate.morphism,
     )
+
+
+def _conflicts(candidates: Sequence[Candidate]) -> np.ndarray:
+    """Removals of one site, one of which would stand in for the other: bool `[n, n]`."""
+    conflicts = np.zeros((len(candidates), len(candidates)), dtype=bool)
+    by_site: dict[str, list[int]] = {}
+    for row, candidate in enumerate(candidates):
+        if get(candidate.morphism).units < 0:
+            by_site.setdefault(candidate.site.name, []).append(row)
+    for rows in by_site.values():
+        units = [candidates[row].unit for row in rows]
+        shares = np.abs([candidates[row].theta["share"][units] for row in rows])
+        conflicts[np.ix_(rows, rows)] = (shares > STANDS_IN) | (shares.T > STANDS_IN)
+    return conflicts
 
 
 def _fits(cost: Cost, limits: Limits) -> bool:
@@ -252,7 +283,8 @@ def _joint_cost(costs: CostModel, chosen: Sequence[Candidate]) -> Cost:
 def _extra_units(chosen: Sequence[Candidate]) -> dict[str, int]:
     extra: dict[str, int] = {}
     for candidate in chosen:
-        extra[candidate.site.name] = extra.get(candidate.site.name, 0) + 1
+        more = get(candidate.morphism).units
+        extra[candidate.site.name] = extra.get(candidate.site.name, 0) + more
     return extra
 
 

@@ -69,7 +69,9 @@ def commit(
             "grows. Check the data for NaN, or lower the learning rate of the training."
         )
     for alpha in alphas:
-        scaled = [_scaled(candidate, alpha) for candidate in candidates]
+        scaled = _scaled(candidates, alpha)
+        if not scaled:
+            continue
         with growth_transaction(model) as attempt:
             changes = apply_edits(model, edits_of(scaled))
             after = loss_of(model)
@@ -85,5 +87,9 @@ def commit(
     return Outcome(0.0, (), (), before, after)
 
 
-def _scaled(candidate: Candidate, alpha: float) -> Candidate:
-    return candidate if alpha == 1.0 else get(candidate.morphism).scaled(candidate, alpha)
+def _scaled(candidates: Sequence[Candidate], alpha: float) -> list[Candidate]:
+    """The candidates at a scale, without those that can only be applied as a whole."""
+    if alpha == 1.0:
+        return list(candidates)
+    scaled = (get(candidate.morphism).scaled(candidate, alpha) for candidate in candidates)
+    return [candidate for candidate in scaled if candidate is not None]

@@ -26,6 +26,10 @@ NEGLIGIBLE = 1e-3
 parameters and bring nothing."""
 
 
+EXCHANGES = 8
+"""How many of the best candidates that don't fit are tried together with removals."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Group:
     """Where a candidate belongs.
@@ -34,7 +38,7 @@ class Group:
       site: name of its site.
       excludes: candidates of one site with an equal key (two edits of the same unit) exclude each
         other; None excludes nothing.
-      units: how many units the candidate adds to its site.
+      units: how many units the candidate adds to its site; negative if it takes some away.
       cost_class: candidates of one site with an equal class always cost the same, so the joint
         cost is asked for once per class; None when nothing is known.
     """
@@ -107,13 +111,16 @@ def select(
     cost_of: Callable[[tuple[int, ...]], Cost],
     limits: Limits | None = None,
     tie_break_seed: int = 0,
+    conflicts: np.ndarray | None = None,
 ) -> Selection:
     """Picks candidates greedily by marginal gain per marginal cost.
 
     Each step takes the candidate (with `round_to`: the bundle of candidates that brings one site
     to its next multiple) with the largest gain per unit of cost among those that fit the limits
     and lower the joint estimate noticeably (see `NEGLIGIBLE`). Candidates that cost nothing go
-    first. Equal inputs give equal selections.
+    first. Where nothing fits the budget any more, a candidate may still be picked together with
+    removals that make room for it, if all of them together lower the estimate. Equal inputs give
+    equal selections.
 
     Args:
       interaction: the joint quadratic over the `n` candidates.
@@ -123,6 +130,8 @@ def select(
         multiply); called with the chosen indices plus the tried ones.
       limits: the budget; unlimited by default.
       tie_break_seed: orders exactly equal candidates.
+      conflicts: bool `[n, n]`, symmetric: which candidates can't be chosen together although they
+        edit different units.
 
     Returns:
       The selection, possibly empty; its `reason` says why it ends where it does.
@@ -145,7 +154,7 @@ def select(
     """
     limits = limits or Limits()
     _check(interaction, groups, widths, limits)
-    search = _Search(interaction, groups, widths, cost_of, limits, tie_break_seed)
+    search = _Search(interaction, groups, widths, cost_of, limits, tie_break_seed, conflicts)
     reason = None
     while reason is None:
         reason = search.step()
@@ -172,7 +181,7 @@ class _Options:
 class _Search:
     """The running state of one greedy selection."""
 
-    def __init__(self, interaction, groups, widths, cost_of, limits, tie_break_seed):
+    def __init__(self, interaction, groups, widths, cost_of, limits, tie_break_seed, conflicts):
         linear = np.asarray(interaction.linear, dtype=np.float64)
         gram = np.asarray(interaction.gram, dtype=np.float64)
         self.gram = 0.5 * (gram + gram.T)  # what a quadratic form sees of a matrix
@@ -187,6 +196,9 @@ class _Search:
         self.priority = np.random.default_rng(tie_break_seed).permutation(len(groups))
         self.available = np.ones(len(groups), dtype=bool)
         self.exclusive = _exclusion_ids(groups)
+        self.conflicts = conflicts
+        self.removes = np.array([group.units < 0 for group in groups], dtype=bool)
+        self.available &= ~self._emptying(self.widths)
         self.by_site = _indices_by_site(groups)
         self.chosen: list[int] = []
         self.gains: list[float] = []
@@ -203,7 +215,11 @@ class _Search:
         fits = self._fits(options)
         affordable = lowering & np.logical_and.reduce(list(fits.values()))
         if not affordable.any():
-            return self._why_nothing_fits({name: ok[lowering] for name, ok in fits.items()})
+            exchange = self._exchange(options, lowering) if self.removes.any() else None
+            if exchange is None:
+                return self._why_nothing_fits({name: ok[lowering] for name, ok in fits.items()})
+            self._take(exchange)
+            return None
         best, ratio = self._best(options, affordable)
         if ratio < self.limits.min_gain_per_param:
             unit = "parameter" if self.limits.unit == "params" else "FLOP"
@@ -291,14 +307,76 @@ class _Search:
         order = np.lexsort((first, -gain, -np.where(affordable, ratio, -np.inf)))
         return int(order[0]), float(ratio[order[0]])
 
+    def _exchange(self, options: _Options, lowering: np.ndarray) -> tuple[int, ...] | None:
+        """The best of what doesn't fit, together with the removals that make room for it.
+
+        None if no such bundle lowers the estimate.
+        """
+        best: tuple[int, ...] | None = None
+        least = -float(self.negligible)
+        wanted = np.flatnonzero(lowering)
+        for row in wanted[np.argsort(options.change[wanted], kind="stable")][:EXCHANGES]:
+            found = self._make_room(options.members[row], float(options.change[row]), least)
+            if found is not None:
+                best, least = found
+        return best
+
+    def _make_room(
+        self, bundle: tuple[int, ...], change: float, least: float
+    ) -> tuple[tuple[int, ...], float] | None:
+        """Adds the cheapest removals to a bundle until it fits; None if that costs too much."""
+        slope = self.slope + self.gram[:, bundle].sum(axis=1)
+        alone = 0.5 * np.diag(self.gram)
+        free, widths = self.available & self.removes, dict(self.widths)
+        for i in bundle:
+            free &= self._compatible(i)
+        cost = self.cost_of((*self.chosen, *bundle))
+        while not self._within(cost, len(self.chosen) + len(bundle)):
+            pool = np.flatnonzero(free)
+            if not len(pool) or change >= least:
+                return None
+            costs = {self._cost_key((int(i),)): int(i) for i in pool}
+            freed = {
+                key: getattr(cost, self.limits.unit)
+                - getattr(self.cost_of((*self.chosen, *bundle, i)), self.limits.unit)
+                for key, i in costs.items()
+            }
+            price = np.array(
+                [(slope[i] + alone[i]) / max(freed[self._cost_key((int(i),))], 1) for i in pool]
+            )
+            pick = int(pool[np.lexsort((self.priority[pool], price))[0]])
+            change += float(slope[pick] + alone[pick])
+            bundle = (*bundle, pick)
+            slope = slope + self.gram[:, pick]
+            widths[self.groups[pick].site] += self.groups[pick].units
+            free &= self._compatible(pick) & ~self._emptying(widths)
+            cost = self.cost_of((*self.chosen, *bundle))
+        return (bundle, change) if change < least else None
+
+    def _emptying(self, widths: Mapping[str, int]) -> np.ndarray:
+        """Which removals would leave their site without units, `[n]`."""
+        last = np.array([widths[g.site] + g.units < 1 for g in self.groups], dtype=bool)
+        return self.removes & last
+
+    def _within(self, cost: Cost, edits: int) -> bool:
+        spent = {"params": cost.params, "flops": cost.flops, "edits": edits}
+        limits = {name: getattr(self.limits, name) for name in spent}
+        return all(limits[name] is None or spent[name] <= limits[name] for name in spent)
+
+    def _compatible(self, i: int) -> np.ndarray:
+        """Which candidates may be chosen beside one, `[n]`."""
+        compatible = self.exclusive != self.exclusive[i]
+        return compatible if self.conflicts is None else compatible & ~self.conflicts[i]
+
     def _take(self, bundle: tuple[int, ...]) -> None:
         self.cost = self.cost_of((*self.chosen, *bundle))
         for i in bundle:
             self.gains.append(-float(self.slope[i] + 0.5 * self.gram[i, i]))
             self.slope += self.gram[:, i]
             self.chosen.append(i)
-            self.available &= self.exclusive != self.exclusive[i]
+            self.available &= self._compatible(i)
             self.widths[self.groups[i].site] += self.groups[i].units
+        self.available &= ~self._emptying(self.widths)
 
     def _why_no_options(self) -> str:
         if not len(self.groups):

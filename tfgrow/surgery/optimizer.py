@@ -151,6 +151,7 @@ def map_slot(slot: np.ndarray, kind: SlotKind, replacement: rebuild.Replacement)
     if kind is SlotKind.WEIGHT:
         distance = slot - np.asarray(replacement.old, dtype=np.float64)
         for source in sources:
+            distance = source.folded(distance)
             distance = _inherit(distance, source, source.value_scale, calibrated=False)
         return np.asarray(replacement.change.value, dtype=np.float64) + distance
     for source in sources:

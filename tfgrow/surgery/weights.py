@@ -15,6 +15,9 @@ import numpy as np
 from tfgrow.graph.sites import Leaf, Step, channel_maps
 from tfgrow.types import NEWBORN, AxisSource, LayerChange, NewUnit, VariableChange, WidthEdit
 
+LEAST_INDEPENDENT = 100.0
+"""Condition number above which units that stand in for each other can't all be removed."""
+
 
 def merge_edits(edits: Sequence[WidthEdit]) -> list[WidthEdit]:
     """One edit per site.
@@ -28,16 +31,29 @@ def merge_edits(edits: Sequence[WidthEdit]) -> list[WidthEdit]:
         if known is None:
             merged[edit.site.name] = edit
             continue
-        twice = sorted(set(known.replaced) & set(edit.replaced))
+        twice = sorted(_edited(known) & _edited(edit))
         if twice:
             raise ValueError(
                 f"Unit {twice[0]} of site '{edit.site.name}' is edited twice at once; choose one "
                 "of its candidates."
             )
         merged[edit.site.name] = WidthEdit(
-            edit.site, {**known.replaced, **edit.replaced}, (*known.appended, *edit.appended)
+            edit.site,
+            {**known.replaced, **edit.replaced},
+            (*known.appended, *edit.appended),
+            {**known.removed, **edit.removed},
         )
+    for edit in merged.values():
+        if len(edit.removed) >= edit.site.units:
+            raise ValueError(
+                f"All {edit.site.units} units of site '{edit.site.name}' would be removed; leave "
+                "one or more."
+            )
     return list(merged.values())
+
+
+def _edited(edit: WidthEdit) -> set[int]:
+    return set(edit.replaced) | set(edit.removed)
 
 
 def layer_changes(edits: Sequence[WidthEdit]) -> list[LayerChange]:
@@ -46,7 +62,7 @@ def layer_changes(edits: Sequence[WidthEdit]) -> list[LayerChange]:
     merged = merge_edits(edits)
     for edit in merged:
         producer = _work(work, edit.site.producer)
-        producer.attributes[edit.site.producer.units_attribute] = new_width(edit)
+        producer.attributes[edit.site.producer.units_attribute] = edit.new_width
         producer.widen_outputs(edit)
         for number, step in enumerate(edit.site.steps):
             if getattr(step.layer, "variable_axes", None):
@@ -58,19 +74,35 @@ def layer_changes(edits: Sequence[WidthEdit]) -> list[LayerChange]:
     return [item.change() for item in work.values()]
 
 
-def new_width(edit: WidthEdit) -> int:
-    """Units of the site after the edit."""
-    return edit.site.units + len(edit.appended)
-
-
 def _work(work: dict, layer) -> _LayerWork:
     return work.setdefault(id(layer), _LayerWork(layer))
 
 
 def _units(edit: WidthEdit) -> list[NewUnit | int]:
     """Per new unit: what it is, or the index of the old unit that stays as it is."""
-    kept = [edit.replaced.get(unit, unit) for unit in range(edit.site.units)]
-    return [*kept, *edit.appended]
+    kept = [unit for unit in range(edit.site.units) if unit not in edit.removed]
+    return [*(edit.replaced.get(unit, unit) for unit in kept), *edit.appended]
+
+
+def _stand_ins(edit: WidthEdit) -> tuple[list[int], np.ndarray, np.ndarray]:
+    """Removed units, how the others stand in for them `[removed, units]`, and what is constant.
+
+    Units that are removed together may be named as standing in for each other: what they stand
+    for is passed on to those that stay.
+    """
+    gone = sorted(edit.removed)
+    shares: np.ndarray = np.array([edit.removed[unit].shares for unit in gone], dtype=np.float64)
+    offsets: np.ndarray = np.array([edit.removed[unit].offset for unit in gone], dtype=np.float64)
+    shares[range(len(gone)), gone] = 0.0
+    among = np.eye(len(gone)) - shares[:, gone]
+    if np.linalg.cond(among) > LEAST_INDEPENDENT:
+        raise ValueError(
+            f"Units {gone} of site '{edit.site.name}' stand in for each other and can't all be "
+            "removed at once; remove some, and learn anew what stands in for the others."
+        )
+    shares = np.linalg.solve(among, shares)
+    shares[:, gone] = 0.0
+    return gone, shares, np.linalg.solve(among, offsets)
 
 
 class _LayerWork:
@@ -84,6 +116,7 @@ class _LayerWork:
             for name, variable in layer.growable_variables().items()
         }
         self.sources: dict[str, list[AxisSource]] = {name: [] for name in self.values}
+        self.moved: set[str] = set()  # variables that change without being resized
 
     def change(self) -> LayerChange:
         return LayerChange(
@@ -92,7 +125,7 @@ class _LayerWork:
             {
                 name: VariableChange(value, tuple(self.sources[name]))
                 for name, value in self.values.items()
-                if self.sources[name]
+                if self.sources[name] or name in self.moved
             },
         )
 
@@ -139,6 +172,10 @@ class _LayerWork:
             if axis is None:
                 continue
             old = np.moveaxis(self.values[name], axis, 0)
+            fold = None
+            if edit.removed:
+                fold = self._fold(edit, leaf, old)
+                old = np.tensordot(fold, old, axes=1)
             grown = channel_maps(edit.site, len(units))[leaf.tensor]
             new = np.zeros((grown.size, *old.shape[1:]), dtype=old.dtype)
             source = np.full(grown.size, NEWBORN, dtype=np.int64)
@@ -153,7 +190,24 @@ class _LayerWork:
                 share[where] = 1.0 if isinstance(unit, int) else unit.fan_out[consumer]
                 new[where] = old[known] * share[where[0]]
             ones = np.ones(grown.size)
-            self._put(name, axis, new, source, share, ones, newborn_zero=True)
+            self._put(name, axis, new, source, share, ones, newborn_zero=True, fold=fold)
+
+    def _fold(self, edit: WidthEdit, leaf: Leaf, rows: np.ndarray) -> np.ndarray:
+        """`[size, size]`: adds to the rows of units that stay what they take over from others."""
+        gone, shares, offsets = _stand_ins(edit)
+        fold = np.eye(leaf.channels.size)
+        for unit, share, offset in zip(gone, shares, offsets, strict=True):
+            mine = leaf.channels.index[unit]
+            for other in np.flatnonzero(share):
+                fold[leaf.channels.index[other], mine] += share[other]
+            if offset:
+                self._absorb(offset * rows[mine])
+        return fold
+
+    def _absorb(self, rows: np.ndarray) -> None:
+        """Adds to the bias what rows `[blocks, ..., outputs]` make of inputs that are all 1."""
+        self.values["bias"] = self.values["bias"] + rows.sum(axis=tuple(range(rows.ndim - 1)))
+        self.moved.add("bias")
 
     def _newborn_rows(self, rows: np.ndarray, name: str, axis: int) -> np.ndarray:
         """`[T, B, O]` of a new unit as `[B, ...]`, in the layout of the kernel behind `axis`.
@@ -171,11 +225,13 @@ class _LayerWork:
         blocks = np.moveaxis(inherited, 1, 0)
         return blocks.reshape(len(blocks), *spatial, value.shape[out_axis])
 
-    def _put(self, name, axis, new, source, value_scale, gradient_scale, newborn_zero=False):
+    def _put(
+        self, name, axis, new, source, value_scale, gradient_scale, newborn_zero=False, fold=None
+    ):
         ndim = self.values[name].ndim
         self.values[name] = np.ascontiguousarray(np.moveaxis(new, 0, axis))
         self.sources[name].append(
-            AxisSource(axis % ndim, source, value_scale, gradient_scale, newborn_zero)
+            AxisSource(axis % ndim, source, value_scale, gradient_scale, newborn_zero, fold)
         )
 
 
@@ -200,12 +256,14 @@ def inherited(change: VariableChange, old: np.ndarray) -> np.ndarray:
     """Another set of the variable's old values, such as the best weights so far, widened.
 
     The function those weights computed is unchanged: children take their parent's values without
-    theta, and newborn units have no say.
+    theta, and newborn units have no say. Only where units were removed is it another one; the
+    same units stand in for them, in the same shares, as in the model.
     """
     value = _precise(np.asarray(old))
     for source in change.sources:
         known = source.source != NEWBORN
         shape = [-1 if axis == source.axis else 1 for axis in range(value.ndim)]
+        value = source.folded(value)
         taken = np.take(value, np.where(known, source.source, 0), axis=source.axis)
         taken = taken * source.value_scale.reshape(shape)
         value = np.where(known.reshape(shape), taken, 0.0)
