@@ -5,8 +5,9 @@
 
 For every network it trains a seed for a few epochs and estimates, on samples that nothing was
 learned on: the split of every channel (three curvatures), added units, and a set of 16 edits at
-once. The truth is the loss of the expanded network on the same samples minus the loss before.
-Writes a picture per network and `fidelity.json`, and ends with a table of goals and readings.
+once; or, with --morphism=prune, every edit of that kind alone. The truth is the loss of the
+expanded network on the same samples minus the loss before. Writes a picture per network and
+`fidelity.json`, and ends with a table of goals and readings.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import keras
@@ -65,6 +68,9 @@ GOALS = {
     "forward against reverse mode, relative difference": Goal(1e-4, False),
 }
 
+ALONE_GOALS = {"Pearson": Goal(0.98, True), "median relative error": Goal(0.10, False)}
+"""Of the exact curvature, for a kind of edits that is checked by itself (`--morphism`)."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
@@ -98,6 +104,14 @@ def check_network(model: keras.Model, x, y, settings: Settings) -> dict[str, Any
     }
     result = {"splits": splits, "adds": adds, "sets": chosen, "samples": len(judge_on[1])}
     return {**result, "readings": readings(result)}
+
+
+def check_morphism(model: keras.Model, morphism: str, x, y, settings: Settings) -> dict[str, Any]:
+    """Every edit of one kind alone; arguments and result as of `check_network`."""
+    learn_on, judge_on = disjoint(x, y, settings.samples, settings.seed)
+    part = _compare(model, morphism, CURVATURES[:2], learn_on, judge_on, settings)
+    found = _agreement(morphism, part)
+    return {morphism: part, "samples": len(judge_on[1]), "readings": found}
 
 
 def disjoint(x, y, samples: int, seed: int) -> tuple[Arrays, Arrays]:
@@ -161,11 +175,7 @@ def readings(result: dict[str, Any]) -> dict[str, float]:
     """The figures of one network, by name; those of `GOALS` under the goals' names."""
     found = {}
     for kind, part in (("split", result["splits"]), ("add", result["adds"])):
-        for curvature, estimated in part["estimated"].items():
-            match = agreement(estimated, part["true"])
-            found[f"{kind} {curvature}, Pearson"] = match.pearson
-            found[f"{kind} {curvature}, Spearman"] = match.spearman
-            found[f"{kind} {curvature}, median relative error"] = match.median_relative_error
+        found |= _agreement(kind, part)
     chosen = {kinds: part for kinds, part in result["sets"].items() if part["size"]}
     for kinds, part in chosen.items():
         found[f"set of {kinds}, relative error"] = _difference(part["estimated"], part["true"])
@@ -177,15 +187,28 @@ def readings(result: dict[str, Any]) -> dict[str, float]:
     return found
 
 
+def _agreement(kind: str, part: dict[str, Any]) -> dict[str, float]:
+    """Figures of single edits of one kind, by curvature."""
+    found = {}
+    for curvature, estimated in part["estimated"].items():
+        match = agreement(estimated, part["true"])
+        found[f"{kind} {curvature}, Pearson"] = match.pearson
+        found[f"{kind} {curvature}, Spearman"] = match.spearman
+        found[f"{kind} {curvature}, median relative error"] = match.median_relative_error
+    return found
+
+
 def _difference(value: float, reference: float) -> float:
     return abs(value - reference) / abs(reference) if value != reference else 0.0
 
 
-def table(found: dict[str, float]) -> list[tuple[Any, ...]]:
+def table(
+    found: dict[str, float], goals: Mapping[str, Goal] = MappingProxyType(GOALS)
+) -> list[tuple[Any, ...]]:
     """Rows of figure, goal, reading, and whether it is met."""
     rows = []
     for name, reading in found.items():
-        goal = GOALS.get(name)
+        goal = goals.get(name)
         verdict = "" if goal is None else "met" if goal.met(reading) else "not met"
         rows.append((name, "" if goal is None else str(goal), float(reading), verdict))
     return rows
@@ -240,14 +263,17 @@ def _widths(net: str, data: datasets.Dataset, given: list[str] | None) -> list[i
 def report(net: str, result: dict[str, Any], folder: Path) -> None:
     """Prints a network's tables and draws its pictures."""
     figure_columns = ("figure", "goal", "reading", "")
-    samples = result["samples"]
-    tables.show(
-        figure_columns, table(result["readings"]), f"\n{net}: on {samples} samples not learned on"
-    )
-    set_columns = ("set of", "edits", "sum of estimates", "joint estimate", "truth")
-    tables.show(set_columns, set_table(result["sets"]), f"\n{net}: edits applied at once")
-    for part in ("splits", "adds"):
-        one = result[part]
+    parts = {name: one for name, one in result.items() if isinstance(one, dict) and "true" in one}
+    goals = GOALS
+    if "sets" not in result:
+        (kind,) = parts
+        goals = {f"{kind} exact, {figure}": goal for figure, goal in ALONE_GOALS.items()}
+    title = f"\n{net}: on {result['samples']} samples not learned on"
+    tables.show(figure_columns, table(result["readings"], goals), title)
+    if "sets" in result:
+        set_columns = ("set of", "edits", "sum of estimates", "joint estimate", "truth")
+        tables.show(set_columns, set_table(result["sets"]), f"\n{net}: edits applied at once")
+    for part, one in parts.items():
         path = folder / f"{net}_{part}.png"
         figures.plot_estimates(one["estimated"]["exact"], one["true"], path, one["sites"])
         print(f"picture: {path}")
@@ -288,7 +314,12 @@ def run(options: Any, data: datasets.Dataset) -> dict[str, Any]:
     about = {**dataclasses.asdict(settings), "dataset": options.dataset, "epochs": _epochs(options)}
     for net in options.nets:
         model = trained(net, data, options)
-        results[net] = check_network(model, data.x_train, data.y_train, settings)
+        if options.morphism is None:
+            results[net] = check_network(model, data.x_train, data.y_train, settings)
+        else:
+            results[net] = check_morphism(
+                model, options.morphism, data.x_train, data.y_train, settings
+            )
         report(net, results[net], folder)
         (folder / "fidelity.json").write_text(json.dumps({**about, "nets": results}, indent=1))
     print(f"all figures: {folder / 'fidelity.json'}")
@@ -320,6 +351,13 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     ):
         flags.DEFINE_integer(name, number, text, least, flag_values=values)
     flags.DEFINE_list("nets", ["vgg"], f"Networks to check, of {known}.", flag_values=values)
+    flags.DEFINE_enum(
+        "morphism",
+        None,
+        ["split", "add", "prune"],
+        "Check every edit of this kind alone, instead of splits, adds and sets of both.",
+        flag_values=values,
+    )
     flags.DEFINE_list("widths", None, "Units per layer; default by image size.", flag_values=values)
     flags.DEFINE_bool("overwrite", False, "Replace an earlier run.", flag_values=values)
 

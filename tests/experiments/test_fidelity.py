@@ -153,6 +153,21 @@ def test_run_on_a_tiny_network(tmp_path):
     assert keras.models.load_model(seed).get_layer("dense1").units == 4
 
 
+def test_one_morphism_alone(tmp_path, capsys):
+    options = parse(
+        fidelity,
+        "--morphism=prune", "--nets=mlp", "--widths=6,5", "--epochs=3", "--samples=256",
+        f"--output_dir={tmp_path}",
+    )  # fmt: skip
+    result = fidelity.run(options, fidelity.prepare(options))["mlp"]
+    assert set(result) == {"prune", "samples", "readings"}
+    assert result["prune"]["sites"] == ["dense1"] * 6 + ["dense2"] * 5
+    assert result["readings"]["prune exact, Pearson"] > 0.9
+    out = capsys.readouterr().out
+    assert "prune exact, median relative error  <= 0.1" in out
+    assert (tmp_path / "mlp_prune.png").read_bytes()[:4] == b"\x89PNG"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
