@@ -1,6 +1,7 @@
 """The fidelity experiment: its truth against `measure_change`, its readings against others."""
 
 import json
+import re
 
 import keras
 import numpy as np
@@ -162,9 +163,9 @@ def test_one_morphism_alone(tmp_path, capsys):
     result = fidelity.run(options, fidelity.prepare(options))["mlp"]
     assert set(result) == {"prune", "samples", "readings"}
     assert result["prune"]["sites"] == ["dense1"] * 6 + ["dense2"] * 5
-    assert result["readings"]["prune exact, Pearson"] > 0.9
+    assert result["readings"]["prune exact, Pearson"] > 0.9  # a wrong sign or factor breaks it
     out = capsys.readouterr().out
-    assert "prune exact, median relative error  <= 0.1" in out
+    assert re.search(r"prune exact, median relative error +<= 0.1 ", out), out
     assert (tmp_path / "mlp_prune.png").read_bytes()[:4] == b"\x89PNG"
 
 
