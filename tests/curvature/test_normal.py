@@ -182,10 +182,13 @@ def test_crossed_halves_choose_the_damping():
     """The largest that keeps most of the best gain; halves of pure noise want the most."""
     same = sums_of(dense_sums, 1)
     gains = np.array([-quadratic(same, solve_sums(same, damping)) for damping in DAMPINGS])
-    for unit, chosen in enumerate(cross_damping(same, same)):
+    for unit, chosen in enumerate(cross_damping(same, same, solve_sums, quadratic)):
         index = DAMPINGS.index(chosen)
         assert gains[index, unit] >= GENEROUS * gains[:, unit].max()
         assert (gains[index + 1 :, unit] < GENEROUS * gains[:, unit].max()).all()
     few = {"samples": 4}
     one, two = sums_of(dense_sums, 1, **few), sums_of(dense_sums, 2, **few)
-    np.testing.assert_array_equal(cross_damping(one, two), [max(DAMPINGS)] * UNITS)
+    crossed = cross_damping(one, two, solve_sums, quadratic)
+    np.testing.assert_array_equal(crossed, [max(DAMPINGS)] * UNITS)
+    least = cross_damping(same, same, solve_sums, quadratic, generous=1.0)
+    assert (least <= cross_damping(same, same, solve_sums, quadratic)).all()
