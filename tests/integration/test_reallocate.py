@@ -1,33 +1,16 @@
 """Growing and pruning in one plan: a network of bad widths reshapes itself within its budget."""
 
-import keras
 import numpy as np
 import pytest
-from keras import layers
 
 import tfgrow
-from tests.integration.test_selection_example import data
-
-
-def student(hidden, bottleneck):
-    keras.utils.set_random_seed(1)
-    model = keras.Sequential(
-        [
-            keras.Input((8,)),
-            layers.Dense(hidden, activation="tanh", name="hidden"),
-            layers.Dense(bottleneck, activation="tanh", name="bottleneck"),
-            layers.Dense(4, name="out"),
-        ]
-    )
-    model = tfgrow.convert(model)
-    model.compile(keras.optimizers.Adam(0.01), "mse")
-    return model
+from tests.integration.test_selection_example import data, student
 
 
 @pytest.mark.slow
 def test_a_starved_layer_takes_from_a_bloated_one():
     train, held_out = data(4096, 1), data(1024, 2)
-    model, plain = student(2, 16), student(2, 16)
+    model, plain = student(2, 16, "tanh"), student(2, 16, "tanh")
     budget = model.count_params()
     oracle = tfgrow.GaussNewtonOracle(
         "loss", ("split", "add", "prune"), max_params=budget, growth_per_step=None, seed=0

@@ -28,13 +28,13 @@ def data(samples, seed):
     return x, teacher(x)
 
 
-def student(hidden):
+def student(hidden, bottleneck=BOTTLENECK, activation=None):
     keras.utils.set_random_seed(1)
     model = keras.Sequential(
         [
             keras.Input((8,)),
             layers.Dense(hidden, activation="tanh", name="hidden"),
-            layers.Dense(BOTTLENECK, name="bottleneck"),
+            layers.Dense(bottleneck, activation, name="bottleneck"),
             layers.Dense(4, name="out"),
         ]
     )
