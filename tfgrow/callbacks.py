@@ -252,7 +252,7 @@ class Growth(keras.callbacks.Callback):
             loss_before=outcome.loss_before if outcome else None,
             alpha=outcome.alpha if outcome else 0.0,
             seconds={**plan.seconds, **seconds},
-            newborn=newborn_of(outcome.candidates) if outcome and applied else {},
+            newborn=newborn_of(outcome.candidates) if outcome else {},
             status="applied" if applied else "rejected" if outcome else "nothing",
             reason=reason,
         )

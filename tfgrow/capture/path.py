@@ -104,13 +104,7 @@ class Path:
 
     def by_unit(self, tensor: int, values):
         """The last axis taken apart: `[..., size] -> [..., count, blocks]`."""
-        mine = self.maps[tensor]
-        if mine.blocks == 1:
-            return tf.expand_dims(values, -1)
-        grouped = take(values, mine.index.reshape(-1))
-        dynamic = tf.shape(values)
-        lead = [dynamic[axis] if n is None else n for axis, n in enumerate(values.shape[:-1])]
-        return tf.reshape(grouped, [*lead, *mine.index.shape])
+        return apart(values, self.maps[tensor])
 
     def lay_out(self, tensor: int, values):
         """The inverse of `by_unit`: `[..., count, blocks] -> [..., size]`."""
@@ -119,9 +113,7 @@ class Path:
             return tf.squeeze(values, -1)
         order = np.empty(mine.size, dtype=np.int64)
         order[mine.index.reshape(-1)] = np.arange(mine.size)
-        dynamic = tf.shape(values)
-        lead = [dynamic[axis] if n is None else n for axis, n in enumerate(values.shape[:-2])]
-        return take(tf.reshape(values, [*lead, mine.size]), order)
+        return take(tf.reshape(values, [*sizes_of(values, slice(-2)), mine.size]), order)
 
     def per_unit(self, tensor: int, values):
         """Sums over positions and blocks: `[1 + K, N, ..., size] -> [1 + K, N, count]`."""
@@ -158,6 +150,20 @@ def _positions(mine: ChannelMap, full: ChannelMap, units: Units) -> np.ndarray:
 def _sum_positions(values):
     """`[1 + K, N, ..., size] -> [1 + K, N, size]`."""
     return tf.reduce_sum(values, axis=list(range(2, len(values.shape) - 1)))
+
+
+def apart(values, channels: ChannelMap):
+    """The last axis taken apart by a site's units: `[..., size] -> [..., units, blocks]`."""
+    grouped = take(values, channels.index.reshape(-1))
+    if channels.blocks == 1:
+        return tf.expand_dims(grouped, -1)
+    return tf.reshape(grouped, [*sizes_of(values, slice(-1)), *channels.index.shape])
+
+
+def sizes_of(values, axes: slice) -> list:
+    """A tensor's sizes along some axes: numbers where they are known."""
+    sizes = list(enumerate(values.shape))[axes]
+    return [tf.shape(values)[axis] if size is None else size for axis, size in sizes]
 
 
 def take(values, index: np.ndarray, axis: int = -1):

@@ -121,16 +121,32 @@ def solve_sums(sums: Sums, damping) -> tf.Tensor:
 
 
 def _solve_dense(g, q, damping):
-    diagonal = tf.linalg.diag_part(q)
     # a dead unit has Q = 0 and G = 0: the floor keeps 0/0 from becoming NaN
-    ridge = tf.maximum(damping * tf.reduce_mean(diagonal, axis=-1), 1e-30)
+    ridge = tf.maximum(damping * tf.reduce_mean(tf.linalg.diag_part(q), axis=-1), 1e-30)
+    return -damped_solve(q, ridge[..., None], g)
 
-    def solve(ridge):
-        factor = tf.linalg.cholesky(tf.linalg.set_diag(q, diagonal + ridge[:, None]))
-        return -tf.linalg.cholesky_solve(factor, g[..., None])[..., 0]
+
+def damped_solve(q, extra, right) -> tf.Tensor:
+    """The solutions `x [n, W]` of `(Q + diag(extra)) x = right`.
+
+    Args:
+      q: `[n, W, W]`, not negative.
+      extra: `[n, W]` or `[n, 1]`, positive; or several of them, `[D, n, ...]`, for `x [D, n, W]`.
+      right: `[n, W]`.
+    """
+    diagonal = tf.linalg.diag_part(q)
+
+    def solve(extra):
+        factor = tf.linalg.cholesky(tf.linalg.set_diag(q, diagonal + extra))
+        return tf.linalg.cholesky_solve(factor, right[..., None])[..., 0]
 
     # one after the other: Q is large, and all of its factors at once would be many times as large
-    return solve(ridge) if ridge.shape.rank == 1 else tf.stack([*map(solve, tf.unstack(ridge))])
+    return solve(extra) if extra.shape.rank == 2 else tf.stack([*map(solve, tf.unstack(extra))])
+
+
+def quadratic_at(g, q, x):
+    """`g.x + 1/2 x'Q x`, `[..., n]`."""
+    return tf.reduce_sum(g * x, axis=-1) + 0.5 * tf.reduce_sum(tf.linalg.matvec(q, x) * x, axis=-1)
 
 
 def _solve_kronecker(g, sums, damping):
@@ -163,10 +179,10 @@ def quadratic(sums: Sums, phi) -> np.ndarray:
 
 
 def _quadratic(sums: Sums, phi):
-    linear = tf.reduce_sum(tf.cast(sums["g"], tf.float64) * phi, axis=-1)
+    g = tf.cast(sums["g"], tf.float64)
     if "q" in sums:
-        q = tf.cast(sums["q"], tf.float64)
-        return linear + 0.5 * tf.reduce_sum(tf.linalg.matvec(q, phi) * phi, axis=-1)
+        return quadratic_at(g, tf.cast(sums["q"], tf.float64), phi)
+    linear = tf.reduce_sum(g * phi, axis=-1)
     curvature, start = tf.zeros_like(linear), 0
     for index in range(sum(1 for name in sums if name.startswith("a/"))):
         a = tf.cast(sums[f"a/{index}"], tf.float64)

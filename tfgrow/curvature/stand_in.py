@@ -16,6 +16,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import tensorflow as tf
 
+from tfgrow.curvature.normal import damped_solve, quadratic_at
+
 DENSE_LIMIT = 4096
 """Above so many pairs of a unit under study and a unit that may stand in, Q_c is factored."""
 
@@ -92,16 +94,10 @@ def solve(sums: Sums, free: np.ndarray, own: np.ndarray, damping) -> tf.Tensor:
     mask = free * (1.0 - itself)
     inner = q * mask[:, :, None] * mask[:, None, :]
     pull = mask * (tf.linalg.matvec(q, itself) - g)
-    diagonal = tf.linalg.diag_part(inner)
-    mean = tf.math.divide_no_nan(tf.reduce_sum(diagonal, -1), mask.sum(axis=-1))
+    diagonal = tf.reduce_sum(tf.linalg.diag_part(inner), -1)
+    mean = tf.math.divide_no_nan(diagonal, mask.sum(axis=-1))
     ridge = tf.maximum(tf.cast(damping, tf.float64) * mean, 1e-30)
-
-    def at(ridge):
-        damped = tf.linalg.set_diag(inner, diagonal + ridge[:, None] * mask + (1.0 - mask))
-        factor = tf.linalg.cholesky(damped)
-        return tf.linalg.cholesky_solve(factor, pull[..., None])[..., 0] * mask - itself
-
-    return at(ridge) if ridge.shape.rank == 1 else tf.stack([at(one) for one in tf.unstack(ridge)])
+    return damped_solve(inner, ridge[..., None] * mask + (1.0 - mask), pull) * mask - itself
 
 
 def spread_out(sums: Sums, free: np.ndarray, own: np.ndarray, damping, most: int) -> np.ndarray:
@@ -123,7 +119,7 @@ def spread_out(sums: Sums, free: np.ndarray, own: np.ndarray, damping, most: int
     gone: list[int] = []
     while len(gone) < min(most, len(own) - 1):
         v = solve(sums, free, own, damping).numpy()
-        cost = _estimate(*_expanded(sums), v).numpy()
+        cost = quadratic_at(*_expanded(sums), v).numpy()
         standing = np.abs(v * (1.0 - itself))
         chunk: list[int] = []
         for row in np.argsort(cost, kind="stable"):
@@ -143,11 +139,7 @@ def change(sums: Sums, own: np.ndarray, v) -> np.ndarray:
     """The estimate at `v` `[..., n, U + 1]` less that of leaving the units out, `[..., n]`."""
     g, q = _expanded(sums)
     alone = -np.eye(q.shape[-1])[own]
-    return (_estimate(g, q, v) - _estimate(g, q, alone)).numpy()
-
-
-def _estimate(g, q, v):
-    return tf.reduce_sum(g * v, -1) + 0.5 * tf.reduce_sum(tf.linalg.matvec(q, v) * v, -1)
+    return (quadratic_at(g, q, v) - quadratic_at(g, q, alone)).numpy()
 
 
 def _expanded(sums: Sums) -> tuple[tf.Tensor, tf.Tensor]:

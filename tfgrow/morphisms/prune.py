@@ -15,11 +15,11 @@ import numpy as np
 import tensorflow as tf
 
 from tfgrow.capture.execute import tensor_tap
-from tfgrow.capture.path import Path, take
+from tfgrow.capture.path import Path, apart
 from tfgrow.curvature.normal import cross_damping
 from tfgrow.curvature.stand_in import change, solve, spread_out, stand_in_sums, zero_sums
 from tfgrow.graph.sites import Site
-from tfgrow.morphisms.base import AtInputs, Candidate, Perturbed, where
+from tfgrow.morphisms.base import AtInputs, Candidate, Perturbed
 from tfgrow.morphisms.weights import fan_in_weights
 from tfgrow.types import Cost, RemovedUnit, WidthEdit
 
@@ -65,16 +65,14 @@ class Prune(AtInputs):
         )
 
     def equations(self, capture, group, perturbed):
-        del perturbed
+        at_units = self.covectors(capture, group, {}, perturbed)
         values, covectors = [], []
         for leaf in group.site.leaves:
-            apart = _by_unit(capture, leaf)
-            blocks = leaf.channels.blocks
-            flat = tf.reshape(apart, (tf.shape(apart)[0], -1, group.site.units, blocks))
+            live, blocks = _by_unit(capture, leaf), leaf.channels.blocks
+            flat = tf.reshape(live, (tf.shape(live)[0], -1, group.site.units, blocks))
             ones = tf.ones_like(flat[:, :, :1])
             values.append(tf.concat([flat, ones], axis=2))
-            mine = take(capture.cotangents[tensor_tap(leaf.tensor)], where(group, leaf))
-            mine = group.path.by_unit(leaf.tensor, mine)
+            mine = group.path.by_unit(leaf.tensor, at_units[leaf.tensor])
             shape = (mine.shape[0], tf.shape(flat)[0], -1, len(group.units), blocks)
             covectors.append(tf.reshape(mine, shape))
         return stand_in_sums(values, covectors)
@@ -110,10 +108,7 @@ class Prune(AtInputs):
 
 def _by_unit(capture, leaf):
     """What all of the site's units hand to a leaf's consumers: `[N, ..., units, blocks]`."""
-    values = take(capture.values[tensor_tap(leaf.tensor)], leaf.channels.index.reshape(-1))
-    dynamic = tf.shape(values)
-    lead = [dynamic[axis] if n is None else n for axis, n in enumerate(values.shape[:-1])]
-    return tf.reshape(values, [*lead, *leaf.channels.index.shape])
+    return apart(capture.values[tensor_tap(leaf.tensor)], leaf.channels)
 
 
 def _itself(group) -> np.ndarray:

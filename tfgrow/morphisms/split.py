@@ -16,7 +16,7 @@ import tensorflow as tf
 
 from tfgrow.capture.capture import producer_response
 from tfgrow.capture.execute import tensor_tap
-from tfgrow.capture.path import take
+from tfgrow.capture.path import sizes_of, take
 from tfgrow.morphisms.base import AtInputs, Candidate, Perturbed
 from tfgrow.morphisms.path_state import Observer, child_path
 from tfgrow.morphisms.weights import fan_in_weights, unit_scale
@@ -67,8 +67,8 @@ class Split(AtInputs):
         values = {}
         for leaf in group.site.leaves:
             plus, minus = _apart(arriving[leaf.tensor])
-            now = _now(capture, group, leaf.tensor, leaf.channels)
-            values[leaf.tensor] = 0.5 * (plus + minus) - now
+            undisturbed = _now(capture, group, leaf.tensor, leaf.channels)
+            values[leaf.tensor] = 0.5 * (plus + minus) - undisturbed
         if observer is None:
             return Perturbed(values, {})
         return Perturbed(values, {**observer.seen, **_moments_now(capture, group)})
@@ -115,14 +115,9 @@ def _moments_now(capture, group) -> dict:
 
 def _behind_one_another(first, second):
     """Two batches as one. As `tf.concat` has it, but with a gradient that is quick to trace."""
-    return tf.reshape(tf.stack([first, second]), [-1, *_inner_shape(first)])
+    return tf.reshape(tf.stack([first, second]), [-1, *sizes_of(first, slice(1, None))])
 
 
 def _apart(both) -> list:
     """The two batches of which one was made."""
-    return tf.unstack(tf.reshape(both, [2, -1, *_inner_shape(both)]))
-
-
-def _inner_shape(values) -> list:
-    shape = values.shape[1:]
-    return list(shape) if None not in shape else tf.unstack(tf.shape(values))[1:]
+    return tf.unstack(tf.reshape(both, [2, -1, *sizes_of(both, slice(1, None))]))

@@ -270,15 +270,22 @@ class _Search:
             free &= self.exclusive[pool] != self.exclusive[pool[pick]]
         return tuple(taken), total
 
-    def _marginal_costs(self, members: list[tuple[int, ...]]) -> np.ndarray:
-        """What each bundle adds to the cost of the chosen set: `[m, 2]` parameters and FLOPs."""
+    def _marginal_costs(
+        self, members: list[tuple[int, ...]], beside: tuple[int, ...] = ()
+    ) -> np.ndarray:
+        """What each bundle adds to the cost of the chosen set, and of what is picked `beside` it.
+
+        `[m, 2]`: parameters and FLOPs.
+        """
+        chosen = (*self.chosen, *beside)
+        before = self.cost_of(chosen) if beside else self.cost
         known: dict[Hashable, tuple[int, int]] = {}
         extra = np.zeros((len(members), 2))
         for row, bundle in enumerate(members):
             key = self._cost_key(bundle)
             if key not in known:
-                joint = self.cost_of((*self.chosen, *bundle))
-                known[key] = joint.params - self.cost.params, joint.flops - self.cost.flops
+                joint = self.cost_of((*chosen, *bundle))
+                known[key] = joint.params - before.params, joint.flops - before.flops
             extra[row] = known[key]
         return extra
 
@@ -335,15 +342,9 @@ class _Search:
             pool = np.flatnonzero(free)
             if not len(pool) or change >= least:
                 return None
-            costs = {self._cost_key((int(i),)): int(i) for i in pool}
-            freed = {
-                key: getattr(cost, self.limits.unit)
-                - getattr(self.cost_of((*self.chosen, *bundle, i)), self.limits.unit)
-                for key, i in costs.items()
-            }
-            price = np.array(
-                [(slope[i] + alone[i]) / max(freed[self._cost_key((int(i),))], 1) for i in pool]
-            )
+            params, flops = self._marginal_costs([(int(i),) for i in pool], bundle).T
+            freed = -(flops if self.limits.unit == "flops" else params)
+            price = (slope + alone)[pool] / np.maximum(freed, 1)
             pick = int(pool[np.lexsort((self.priority[pool], price))[0]])
             change += float(slope[pick] + alone[pick])
             bundle = (*bundle, pick)

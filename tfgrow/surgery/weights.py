@@ -15,7 +15,7 @@ import numpy as np
 from tfgrow.graph.sites import Leaf, Step, channel_maps
 from tfgrow.types import NEWBORN, AxisSource, LayerChange, NewUnit, VariableChange, WidthEdit
 
-LEAST_INDEPENDENT = 100.0
+MOST_DEPENDENT = 100.0
 """Condition number above which units that stand in for each other can't all be removed."""
 
 
@@ -95,7 +95,7 @@ def _stand_ins(edit: WidthEdit) -> tuple[list[int], np.ndarray, np.ndarray]:
     offsets: np.ndarray = np.array([edit.removed[unit].offset for unit in gone], dtype=np.float64)
     shares[range(len(gone)), gone] = 0.0
     among = np.eye(len(gone)) - shares[:, gone]
-    if np.linalg.cond(among) > LEAST_INDEPENDENT:
+    if np.linalg.cond(among) > MOST_DEPENDENT:
         raise ValueError(
             f"Units {gone} of site '{edit.site.name}' stand in for each other and can't all be "
             "removed at once; remove some, and learn anew what stands in for the others."
@@ -103,6 +103,23 @@ def _stand_ins(edit: WidthEdit) -> tuple[list[int], np.ndarray, np.ndarray]:
     shares = np.linalg.solve(among, shares)
     shares[:, gone] = 0.0
     return gone, shares, np.linalg.solve(among, offsets)
+
+
+def _fold(edit: WidthEdit, leaf: Leaf) -> tuple[np.ndarray, np.ndarray]:
+    """How the consumers' rows `[size]` of removed units are taken over by others.
+
+    Returns:
+      `[size, size]`, by which the rows are multiplied, and `[size]`, the constant that stands in
+      for an input: what the rows make of it goes to the bias.
+    """
+    gone, shares, offsets = _stand_ins(edit)
+    fold, constant = np.eye(leaf.channels.size), np.zeros(leaf.channels.size)
+    for unit, share, offset in zip(gone, shares, offsets, strict=True):
+        mine = leaf.channels.index[unit]
+        constant[mine] = offset
+        for other in np.flatnonzero(share):
+            fold[leaf.channels.index[other], mine] += share[other]
+    return fold, constant
 
 
 class _LayerWork:
@@ -174,7 +191,8 @@ class _LayerWork:
             old = np.moveaxis(self.values[name], axis, 0)
             fold = None
             if edit.removed:
-                fold = self._fold(edit, leaf, old)
+                fold, constant = _fold(edit, leaf)
+                self._absorb(np.tensordot(constant, old, axes=1))
                 old = np.tensordot(fold, old, axes=1)
             grown = channel_maps(edit.site, len(units))[leaf.tensor]
             new = np.zeros((grown.size, *old.shape[1:]), dtype=old.dtype)
@@ -192,22 +210,12 @@ class _LayerWork:
             ones = np.ones(grown.size)
             self._put(name, axis, new, source, share, ones, newborn_zero=True, fold=fold)
 
-    def _fold(self, edit: WidthEdit, leaf: Leaf, rows: np.ndarray) -> np.ndarray:
-        """`[size, size]`: adds to the rows of units that stay what they take over from others."""
-        gone, shares, offsets = _stand_ins(edit)
-        fold = np.eye(leaf.channels.size)
-        for unit, share, offset in zip(gone, shares, offsets, strict=True):
-            mine = leaf.channels.index[unit]
-            for other in np.flatnonzero(share):
-                fold[leaf.channels.index[other], mine] += share[other]
-            if offset:
-                self._absorb(offset * rows[mine])
-        return fold
-
-    def _absorb(self, rows: np.ndarray) -> None:
-        """Adds to the bias what rows `[blocks, ..., outputs]` make of inputs that are all 1."""
-        self.values["bias"] = self.values["bias"] + rows.sum(axis=tuple(range(rows.ndim - 1)))
-        self.moved.add("bias")
+    def _absorb(self, constant: np.ndarray) -> None:
+        """Adds to the bias what a constant input makes, `[..., outputs]` by tap."""
+        if constant.any():
+            made = constant.reshape(-1, constant.shape[-1]).sum(axis=0)
+            self.values["bias"] = self.values["bias"] + made
+            self.moved.add("bias")
 
     def _newborn_rows(self, rows: np.ndarray, name: str, axis: int) -> np.ndarray:
         """`[T, B, O]` of a new unit as `[B, ...]`, in the layout of the kernel behind `axis`.
