@@ -325,7 +325,7 @@ def several_consumers():
     return keras.Model(inputs, layers.Add(name="sum")([merged, pooled]))
 
 
-@case("inner", "deeper")
+@case("stem", "inner", "deeper")
 def residual():
     inputs = keras.Input((5, 5, 3))
     x = layers.Conv2D(3, 3, padding="same", name="stem")(inputs)
@@ -385,3 +385,79 @@ def two_inputs():
     x = layers.Add(name="add")([x, two])
     x = layers.Dense(3, activation="relu", name="hidden")(x)
     return keras.Model([one, two], layers.Dense(2, name="out")(x))
+
+
+@case("stem", "bottleneck", "project", smooth=True)
+def residual_stream():
+    inputs = keras.Input((5, 5, 2))
+    x = layers.Conv2D(3, 3, padding="same", name="stem")(inputs)
+    for number in range(2):  # each reads the stream and adds to it, the first with one convolution
+        y = layers.BatchNormalization(name=f"bn{number}")(x)
+        y = layers.Activation("gelu", name=f"gelu{number}")(y)
+        if number:
+            y = layers.Conv2D(2, 1, activation="tanh", name="bottleneck")(y)
+        y = layers.Conv2D(3, 3, padding="same", use_bias=number > 0, name=f"back{number}")(y)
+        x = layers.Add(name=f"add{number}")([x, y])
+    shortcut = layers.Conv2D(2, 1, strides=2, name="project")(x)
+    y = layers.Conv2D(2, 2, strides=2, padding="same", name="down")(x)
+    x = layers.Average(name="average")([shortcut, y])
+    x = layers.Activation("softplus", name="softplus")(x)
+    x = layers.GlobalAveragePooling2D(name="gap")(x)
+    return keras.Model(inputs, layers.Dense(2, name="out")(x))
+
+
+@case("first", "second", "third")
+def dense_block():
+    inputs = keras.Input((6, 6, 2))
+    x = layers.Conv2D(2, 3, name="first")(inputs)
+    y = layers.BatchNormalization(name="bn1")(x)
+    y = layers.ReLU(name="relu1")(y)
+    y = layers.Conv2D(3, 3, padding="same", name="second")(y)
+    x = layers.Concatenate(name="concat1")([x, y])
+    y = layers.BatchNormalization(name="bn2")(x)
+    y = layers.ReLU(name="relu2")(y)
+    y = layers.Conv2D(2, 3, padding="same", use_bias=False, name="third")(y)
+    x = layers.Concatenate(name="concat2")([y, x])
+    x = layers.BatchNormalization(name="bn3")(x)
+    x = layers.MaxPooling2D(2, name="pool")(x)
+    x = layers.Flatten(name="flatten")(x)
+    return keras.Model(inputs, layers.Dense(2, name="out")(x))
+
+
+@case("conv", "reduce", smooth=True)
+def squeeze_and_excite():
+    inputs = keras.Input((5, 5, 2))
+    x = layers.Conv2D(3, 3, use_bias=False, name="conv")(inputs)
+    x = layers.BatchNormalization(name="bn")(x)
+    x = layers.Activation("silu", name="silu")(x)
+    gate = layers.GlobalAveragePooling2D(keepdims=True, name="gap")(x)
+    gate = layers.Conv2D(2, 1, activation="silu", name="reduce")(gate)
+    gate = layers.Conv2D(3, 1, activation="sigmoid", name="expand")(gate)
+    x = layers.Multiply(name="excite")([x, gate])
+    x = layers.Conv2D(2, 1, name="last")(x)
+    return keras.Model(inputs, layers.GlobalAveragePooling2D(name="pool")(x))
+
+
+@case("conv", "other", smooth=True)
+def spatial_gate_and_operations():
+    inputs = keras.Input((5, 4, 2))
+    x = layers.Conv2D(3, 2, activation="softplus", name="conv")(inputs)
+    mask = layers.Conv2D(1, 1, activation="sigmoid", name="mask")(x)
+    x = x * mask
+    y = layers.Conv2D(3, 2, activation="tanh", name="other")(inputs)
+    x = keras.ops.concatenate([x, y, x], axis=-1)
+    x = layers.DepthwiseConv2D(2, name="depthwise")(x)
+    x = layers.GlobalAveragePooling2D(name="gap")(x)
+    return keras.Model(inputs, layers.Dense(2, name="out")(x))
+
+
+@case("left", "merged", smooth=True)
+def branches_of_positions():
+    inputs = keras.Input((4, 4, 2))
+    left = layers.Conv2D(2, 2, activation="tanh", name="left")(inputs)
+    right = layers.Conv2D(2, 2, name="right")(layers.ZeroPadding2D(((0, 1), 0))(inputs))
+    x = layers.Concatenate(axis=1, name="above")([left, right])
+    up = layers.Conv2D(3, 1, name="merged")(x)
+    down = layers.Conv2D(3, 1, activation="softplus", name="deeper")(x)
+    x = layers.Flatten(name="flatten")(layers.Subtract(name="subtract")([up, down]))
+    return keras.Model(inputs, layers.Dense(2, name="out")(x))

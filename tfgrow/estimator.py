@@ -13,6 +13,7 @@ from tfgrow.capture.batches import batches_of, check_finite, forever
 from tfgrow.capture.capture import find_head
 from tfgrow.capture.checks import check_batch, check_loss
 from tfgrow.capture.execute import float32_compute
+from tfgrow.capture.path import needs_moments
 from tfgrow.curvature.loss_head import make_loss_head, resolve_curvature
 from tfgrow.curvature.normal import add_sums
 from tfgrow.graph.nodes import trace
@@ -250,7 +251,7 @@ def _fade(number: int, steps: int) -> float:
 
 
 def _settles(group) -> bool:
-    needs = any(step.view.needs_moments for step in group.path.steps)
+    needs = any(needs_moments(step) for step in group.path.steps)
     return bool(group.morphism.solved) or needs
 
 

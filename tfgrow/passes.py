@@ -153,8 +153,8 @@ class Parameters:
         self._layout = [
             (row, name, np.shape(group.theta[name]), _unit_column(group, name))
             for row, group in enumerate(groups)
-            for name in group.morphism.learned
-            if name in group.theta
+            for name in sorted(group.theta)
+            if group.morphism.is_learned(name)
         ]
 
     @property

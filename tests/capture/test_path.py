@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 
 from tests.cases import CASES, inputs_of
-from tfgrow.capture.capture import observe, producer_response
+from tfgrow.capture.capture import observe, outside_of, producer_responses
 from tfgrow.capture.execute import tensor_tap
 from tfgrow.capture.path import Path, batch_moments
 from tfgrow.graph.nodes import trace
@@ -22,8 +22,8 @@ def test_path_of_some_units_is_the_models(case):
             continue
         units = np.arange(site.units)[::-1][:2]  # some, and not in order
         path = Path(site, len(units))
-        response = np.asarray(producer_response(captured, site))[..., units]
-        arriving = path.run(response, path.live_variables(units))
+        responses = [np.asarray(u)[..., units] for u in producer_responses(captured, site)]
+        arriving = path.run(responses, path.live_variables(units), outside_of(captured))
         assert set(arriving) == {leaf.tensor for leaf in site.leaves}
         for leaf in site.leaves:
             where = path.positions(leaf.tensor, leaf.channels, units)

@@ -6,7 +6,8 @@ import pytest
 from keras import layers
 
 import tfgrow
-from tests.cases import CASES, by_name
+from tests.cases import CASES, by_name, inputs_of
+from tfgrow.morphisms.registry import get
 
 
 def sites_by_name(model):
@@ -38,6 +39,96 @@ def test_paths_and_consumers():
     site = sites_by_name(by_name("several_consumers").model())["stem"]
     assert [step.layer.name for step in site.steps] == ["bn", "relu", "gap"]
     assert {layer.name for layer in site.consumers} == {"left", "right", "pooled"}
+
+
+def test_a_residual_stream_is_one_site_with_all_its_producers():
+    model = by_name("residual_stream").model()
+    site = sites_by_name(model)["stem"]
+    assert site.names == ("stem", "back0", "back1")
+    assert {layer.name for layer in site.consumers} == {"back0", "bottleneck", "project", "down"}
+    assert "stem + back0 + back1" in repr(site)
+    x = inputs_of(model, 3)
+    before = np.asarray(model(x))
+    event = tfgrow.widen(model, "back1", 2)  # it answers to each of its names
+    assert event.widths == {"stem": (3, 5)}
+    assert [model.get_layer(name).filters for name in site.names] == [5, 5, 5]
+    np.testing.assert_allclose(model(x), before, atol=1e-5)
+
+
+def test_channels_behind_a_concatenation_lie_beside_those_of_others():
+    sites = sites_by_name(by_name("dense_block").model())
+    (bn, pool) = (
+        next(leaf for leaf in sites["second"].leaves if leaf.consumers[0].name == name)
+        for name in ("third", "out")
+    )
+    np.testing.assert_array_equal(bn.channels.index[:, 0], [2, 3, 4])
+    assert (bn.channels.size, pool.channels.size) == (5, 4 * 7)
+    np.testing.assert_array_equal(pool.channels.index[1], 5 + 7 * np.arange(4))
+
+
+def test_channels_tied_after_they_lay_side_by_side():
+    """[a, b] is read as it is, and a + b is too: every unit feeds two inputs of 'both'."""
+    inputs = keras.Input((3,))
+    a, b = (layers.Dense(2, activation="tanh", name=name)(inputs) for name in "ab")
+    both = layers.Dense(2, name="both")(layers.Concatenate()([b, a]))
+    total = layers.Dense(2, name="total")(layers.Add()([a, b]))
+    model = tfgrow.convert(keras.Model(inputs, layers.Concatenate()([both, total])))
+    site = sites_by_name(model)["a"]
+    leaf = next(leaf for leaf in site.leaves if leaf.consumers[0].name == "both")
+    np.testing.assert_array_equal(leaf.channels.index, [[0, 2], [1, 3]])
+    x = inputs_of(model, 4)
+    before = np.asarray(model(x))
+    rest = [get(c.morphism).scaled(c, 0.0) for c in tfgrow.candidates(model, sites=["a"])]
+    tfgrow.apply(model, rest)
+    np.testing.assert_allclose(model(x), before, atol=1e-5)
+    assert model.get_layer("b").units == 2 + 2 + 4
+
+
+@pytest.mark.parametrize(
+    ("second", "reason"),
+    [
+        (3, "of several layers or can't grow"),
+        (1, "the one channel of 'b' is spread by 'add' over those of others"),
+    ],
+)
+def test_ties_that_block(second, reason):
+    """To a concatenation, whose channels are of two layers; and one channel to many."""
+    inputs = keras.Input((4,))
+    a = layers.Dense(3, name="a")(inputs)
+    b = layers.Dense(second, name="b")(inputs)
+    if second == 3:
+        b = layers.Concatenate()([layers.Dense(1, name="c")(inputs), layers.Dense(2)(b)])
+    x = layers.Add(name="add")([a, b])
+    model = tfgrow.convert(keras.Model(inputs, layers.Dense(2, name="out")(x)))
+    name = "a" if second == 3 else "b"
+    assert reason in blocked(model, name)
+    assert sites_by_name(model)["b" if second == 3 else "a"].blocked is None
+
+
+def test_who_is_tied_to_a_blocked_layer_says_so():
+    inputs = keras.Input((4,))
+    a = layers.Dense(3, name="a")(inputs)
+    b = layers.Dense(3, trainable=False, name="b")(inputs)
+    model = tfgrow.convert(
+        keras.Model(inputs, layers.Dense(2, name="out")(layers.Multiply(name="gate")([a, b])))
+    )
+    assert "tied to those of 'b', which can't grow: layer 'b' is frozen" in blocked(model, "a")
+
+
+def test_a_join_of_your_own_ties_once_it_is_registered():
+    @keras.saving.register_keras_serializable("tests")
+    class Distance(layers.Layer):
+        def call(self, inputs):
+            return abs(inputs[0] - inputs[1])
+
+    def net():
+        inputs = keras.Input((4,))
+        x = Distance(name="distance")([layers.Dense(3, name=name)(inputs) for name in "ab"])
+        return tfgrow.convert(keras.Model(inputs, layers.Dense(2, name="out")(x)))
+
+    assert "reach 'distance' (Distance), which mixes channels or is unknown" in blocked(net())
+    tfgrow.layers.register_join(Distance)
+    assert sites_by_name(net())["a"].names == ("a", "b")
 
 
 def test_flatten_maps_channels_to_strided_blocks():
@@ -186,7 +277,9 @@ def test_blocked_by_a_merge_output_sharing_and_freezing():
     assert "reach the model's output unmixed" in blocked(model, "a") or "shared" in blocked(model)
     assert "called 2 times" in blocked(model, "shared")
     assert "frozen (trainable=False)" in blocked(model, "frozen")
-    assert "'add' (Add), which ties them" in blocked(model, "tail")
+    assert "'add' ties the channels of 'tail' to those of the model's input" in blocked(
+        model, "tail"
+    )
     assert sites_by_name(model)["shared"].node is None
 
 

@@ -2,15 +2,24 @@
 
 import numpy as np
 
-from tfgrow.capture.capture import capture, consumer_taps, find_head, observe, prepare_inputs
-from tfgrow.capture.execute import execute
+from tfgrow.capture.capture import (
+    capture,
+    consumer_taps,
+    find_head,
+    observe,
+    prepare_inputs,
+    taps_of_leaf,
+)
+from tfgrow.capture.execute import execute, input_tap, weights_of
 from tfgrow.curvature.loss_head import make_loss_head
 from tfgrow.graph.convert import copy_model
 from tfgrow.graph.nodes import trace
-from tfgrow.graph.sites import find_sites
+from tfgrow.graph.sites import find_sites, parameter_name
 from tfgrow.morphisms.base import perturb_all, scalars_of
 from tfgrow.morphisms.registry import get, group_candidates
 from tfgrow.surgery.apply import apply_edits
+from tfgrow.surgery.weights import merge_edits
+from tfgrow.types import NEWBORN
 
 
 def outputs(model, x):
@@ -33,6 +42,68 @@ def responses(model, x, site):
     return [values[tap].numpy() for tap in consumer_taps(site)]
 
 
+def responses_after(model, x, candidates):
+    """The same after candidates of one site were really applied.
+
+    What the consumers pass on is held as it was, for it may come round to the site again: that
+    their responses change is where the estimate linearises. Of a consumer that makes some of the
+    units too, the old ones: as the mean of those that descend from it, and NaN where none does.
+    """
+    site = candidates[0].site
+    (edit,) = merge_edits([get(candidate.morphism).edit(candidate) for candidate in candidates])
+    graph, grown = trace(model), trace(applied(model, candidates))
+    before = execute(graph, prepare_inputs(graph, x))
+    read = {node.index for leaf in site.leaves for node in leaf.consumers}
+    made = {node.index: number for number, node in enumerate(site.producers)}
+    after = {}
+
+    def hold(tap, value):
+        kind, index = tap
+        if kind == "input" and index in read:
+            layer = grown.nodes[index].operation
+            after[index] = layer.linear(value, **weights_of(layer)).numpy()
+        if kind == "linear" and index in read:
+            return _held(before, graph.nodes[index], edit, made.get(index))
+        return value
+
+    execute(grown, prepare_inputs(grown, x), hold)
+    return [
+        _by_old_unit(edit, after[index]) if index in made else after[index]
+        for _, index in consumer_taps(site)
+    ]
+
+
+def _by_old_unit(edit, response):
+    source = np.array([u if isinstance(u, int) else u.source for u in _units(edit)])
+    old = np.full((*response.shape[:-1], edit.site.units), np.nan, "float32")
+    for unit in set(source) - {NEWBORN}:
+        old[..., unit] = response[..., source == unit].mean(axis=-1)
+    return old
+
+
+def _units(edit):
+    kept = [unit for unit in range(edit.site.units) if unit not in edit.removed]
+    return [edit.replaced.get(unit, unit) for unit in kept] + list(edit.appended)
+
+
+def _held(before, node, edit, producer):
+    """A consumer's response to what it read before; with the new units, if it makes some."""
+    response = before["linear", node.index]
+    if producer is None:
+        return response
+    parts = []
+    for unit in _units(edit):
+        if isinstance(unit, int):
+            parts.append(response[..., unit : unit + 1])
+            continue
+        weights = {
+            name: np.asarray(unit.fan_in[parameter_name(name, producer)])[..., None]
+            for name in node.operation.growable_variables()
+        }
+        parts.append(node.operation.linear(before["input", node.index], **weights))
+    return np.concatenate(parts, axis=-1)
+
+
 def predicted(model, x, candidates):
     """The change of the consumers' responses that the candidates (of one site) promise."""
     captured = observe(trace(model), x)
@@ -50,9 +121,8 @@ def predicted(model, x, candidates):
             else:  # at what the consumer reads
                 consumer = node.operation
                 kernel = consumer.growable_variables()["kernel"]
-                total[index] = total[index] + consumer.linear(
-                    tangents[("tensor", leaf.tensor)], kernel
-                )
+                tap = input_tap(node.index) if leaf.passed_on else taps_of_leaf(leaf)[0]
+                total[index] = total[index] + consumer.linear(tangents[tap], kernel)
     return [np.asarray(part) for part in total]
 
 

@@ -6,7 +6,15 @@ import tensorflow as tf
 
 import tfgrow
 from tests.cases import CASES, by_name, inputs_of, prepare, regression_data
-from tests.morphisms.effects import applied, capture_of, outputs, predicted, responses, scalars
+from tests.morphisms.effects import (
+    applied,
+    capture_of,
+    outputs,
+    predicted,
+    responses,
+    responses_after,
+    scalars,
+)
 from tfgrow.capture.batches import batches_of
 from tfgrow.capture.capture import find_head
 from tfgrow.curvature.loss_head import make_loss_head
@@ -32,7 +40,7 @@ def test_perturbation_is_the_real_change_at_the_consumers(net):
         mine = [c for c in net.candidates if c.site.name == site_name]
         site = mine[0].site
         before = responses(net.model, x, site)
-        after = responses(applied(net.model, mine), x, site)
+        after = responses_after(net.model, x, mine)
         for found, old, new in zip(predicted(net.model, x, mine), before, after, strict=True):
             real = new - old
             assert np.abs(real).max() > 1e-4, f"{site_name}: nothing happened"

@@ -530,3 +530,9 @@ def test_selections_with_removals_stay_within_every_rule(seed, budget):
     assert min(after.values()) >= 1
     assert found.estimated_change <= 0
     assert sum(found.marginal_gains) == pytest.approx(-found.estimated_change, abs=1e-9)
+
+
+def test_a_site_of_several_names_is_matched_by_each():
+    names = [("conv1", "shortcut"), ("conv2",), "head"]
+    assert matching_names(names, include=["short.*", "head"]) == ["conv1", "head"]
+    assert matching_names(names, exclude=["shortcut"]) == ["conv2", "head"]

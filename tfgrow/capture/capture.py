@@ -8,9 +8,9 @@ from typing import Any
 
 import tensorflow as tf
 
-from tfgrow.capture.execute import Tap, execute, linear_tap, tensor_tap
+from tfgrow.capture.execute import Tap, execute, input_tap, linear_tap, tensor_tap
 from tfgrow.graph.nodes import Graph
-from tfgrow.graph.sites import Site
+from tfgrow.graph.sites import Leaf, Site
 from tfgrow.layers.stateless import changes_nothing
 
 
@@ -75,9 +75,20 @@ def _maker(graph: Graph, tensor: int):
     return next((node for node in graph.nodes if tensor in node.outputs), None)
 
 
+def taps_of_leaf(leaf: Leaf) -> list[Tap]:
+    """The taps at which a perturbation of what a leaf's consumers read is linearised.
+
+    Where the path goes on behind the leaf, what the perturbation does there is told by other
+    leaves: only what the consumers make of it counts here.
+    """
+    if leaf.passed_on:
+        return [input_tap(node.index) for node in leaf.consumers]
+    return [tensor_tap(leaf.tensor)]
+
+
 def leaf_taps(site: Site) -> list[Tap]:
     """The taps at which a perturbation of the site's channels is linearised."""
-    return [tensor_tap(leaf.tensor) for leaf in site.leaves]
+    return [tap for leaf in site.leaves for tap in taps_of_leaf(leaf)]
 
 
 def consumer_taps(site: Site) -> list[Tap]:
@@ -130,8 +141,11 @@ def capture(
     with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
 
         def watch(tap, value):
-            if tap in wanted:
-                tape.watch(value)
+            if tap not in wanted:
+                return value
+            if tap[0] == "input":
+                value = tf.identity(value)  # what others read is not meant
+            tape.watch(value)
             return value
 
         wanted = set(taps)
@@ -181,11 +195,16 @@ def push_forward(graph: Graph, head: Head, x, tangents: Mapping[Tap, Any]):
     return logits, jvp
 
 
-def producer_input(capture: Capture, site: Site):
-    """What the site's producer reads."""
-    return capture.values[tensor_tap(site.node.inputs[0])]
+def producer_inputs(capture: Capture, site: Site) -> list:
+    """What each of the site's producers reads."""
+    return [capture.values[tensor_tap(node.inputs[0])] for node in site.producers]
 
 
-def producer_response(capture: Capture, site: Site):
-    """The producer's response before its activation."""
-    return capture.values[linear_tap(site.node.index)]
+def producer_responses(capture: Capture, site: Site) -> list:
+    """Each producer's response before its activation."""
+    return [capture.values[linear_tap(node.index)] for node in site.producers]
+
+
+def outside_of(capture: Capture):
+    """The values that a path reads but that carry none of its channels, by tensor id."""
+    return lambda tensor: capture.values[tensor_tap(tensor)]

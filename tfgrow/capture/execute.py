@@ -1,7 +1,8 @@
 """Runs a model's graph in inference mode, in float32, with its inner tensors in reach.
 
 A *tap* names a tensor inside the model: `("tensor", id)` is an output of a node, `("linear",
-index)` the response of a mixing layer before its activation.
+index)` the response of a mixing layer before its activation, `("input", index)` what a mixing layer
+reads, apart from whoever else reads the same tensor.
 """
 
 from __future__ import annotations
@@ -29,6 +30,11 @@ def linear_tap(node_index: int) -> Tap:
     return ("linear", node_index)
 
 
+def input_tap(node_index: int) -> Tap:
+    """The tap of what a mixing layer reads, by the index of its call."""
+    return ("input", node_index)
+
+
 def execute(
     graph: Graph, inputs, intercept: Callable[[Tap, Any], Any] | None = None
 ) -> dict[Tap, Any]:
@@ -51,7 +57,8 @@ def execute(
     for node in graph.nodes:
         args, kwargs = node.arguments(values)
         if node.mixing:
-            layer, inputs_of_layer = node.operation, args[0]
+            layer = node.operation
+            inputs_of_layer = pass_through(input_tap(node.index), args[0])
             response = layer.linear(inputs_of_layer, **weights_of(layer))
             response = pass_through(linear_tap(node.index), response)
             results = [layer.activate(response)]

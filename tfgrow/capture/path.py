@@ -1,4 +1,4 @@
-"""A site's channelwise path as a function of the producer's response, for any set of units."""
+"""A site's path as a function of its producers' responses, for any set of units."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tfgrow.graph.sites import RESPONSE, Site, Step, channel_maps, steps_with_activation
+from tfgrow.graph.sites import Site, Step, channel_maps, response_id, steps_with_activation
 from tfgrow.layers.growable import Growable, Moments
+from tfgrow.layers.joins import Join
 from tfgrow.types import ChannelMap
 
 PathVariables = tuple[Mapping[str, Any], ...]
@@ -18,17 +19,20 @@ PathVariables = tuple[Mapping[str, Any], ...]
 
 Observe = Callable[[int, Any], None]
 
+Outside = Callable[[int], Any]
+"""Tensor id -> the value of a tensor that the path reads but that carries none of its channels."""
+
 Units = Sequence[int] | np.ndarray
 
 
 class Path:
-    """The way of `count` units of a site from the producer's response to the consumers' inputs.
+    """The way of `count` units of a site from the producers' responses to the consumers' inputs.
 
-    Layouts: the response is `[N, ..., count]`; what arrives at a leaf is `[N, ..., size]`, whose
+    Layouts: a response is `[N, ..., count]`; what arrives at a leaf is `[N, ..., size]`, whose
     last axis `maps[leaf.tensor]` explains.
 
     Attributes:
-      steps: the producer's own activation, then the site's steps.
+      steps: the producers' own activations, then the site's steps.
       maps: tensor id -> `ChannelMap` of the `count` units there.
     """
 
@@ -68,38 +72,54 @@ class Path:
 
     def run(
         self,
-        response,
+        responses: Sequence,
         variables: PathVariables,
+        outside: Outside,
         observe: Observe | None = None,
     ) -> dict[int, Any]:
-        """What arrives at each leaf (tensor id -> value) for a response.
+        """What arrives at each leaf (tensor id -> value) for a response of each producer.
 
         Args:
-          response: `[N, ..., count]`.
+          responses: per producer of the site, `[N, ..., count]`.
           variables: as from `live_variables`.
+          outside: see `Outside`.
           observe: called with a step's number and input where the layer needs moments.
         """
-        values = {RESPONSE: response}
-        for number, (step, mine) in enumerate(zip(self.steps, variables, strict=True)):
-            inputs = values[step.source]
-            if observe is not None and step.view.needs_moments:
+
+        def pass_step(number, step, inputs):
+            if observe is not None and needs_moments(step):
                 observe(number, inputs)
-            values[step.target] = step.view.apply_channels(inputs, mine)
-        return {leaf.tensor: values[leaf.tensor] for leaf in self.site.leaves}
+            return step.view.apply_channels(inputs, variables[number])
+
+        return self._walk(responses, outside, pass_step)
 
     def run_newborn(
-        self, response, templates: PathVariables, keep: Callable[[int, Moments], None]
+        self,
+        responses: Sequence,
+        templates: PathVariables,
+        outside: Outside,
+        keep: Callable[[int, Moments], None],
     ) -> dict[int, Any]:
         """`run` for new units, whose statistics are those of the batch itself: `keep` gets them."""
-        values = {RESPONSE: response}
-        for number, (step, template) in enumerate(zip(self.steps, templates, strict=True)):
-            inputs = values[step.source]
+
+        def pass_step(number, step, inputs):
             moments = None
-            if step.view.needs_moments:
+            if needs_moments(step):
                 moments = batch_moments(inputs)
                 keep(number, moments)
-            variables = step.view.newborn_variables(template, moments)
-            values[step.target] = step.view.apply_channels(inputs, variables)
+            return step.view.apply_channels(
+                inputs, step.view.newborn_variables(templates[number], moments)
+            )
+
+        return self._walk(responses, outside, pass_step)
+
+    def _walk(self, responses, outside: Outside, pass_step: Callable) -> dict[int, Any]:
+        values = {response_id(number): value for number, value in enumerate(responses)}
+        for number, step in enumerate(self.steps):
+            if isinstance(step.view, Join):
+                values[step.target] = _join(step, values, outside)
+            else:
+                values[step.target] = pass_step(number, step, values[step.source])
         return {leaf.tensor: values[leaf.tensor] for leaf in self.site.leaves}
 
     def by_unit(self, tensor: int, values):
@@ -132,6 +152,19 @@ class Path:
         """
         spread = take(values, _owners(self.maps[tensor]))
         return tf.reshape(spread, (values.shape[0], -1, *[1] * (rank - 3), spread.shape[-1]))
+
+
+def needs_moments(step: Step) -> bool:
+    """Whether a step keeps statistics of its input."""
+    return not isinstance(step.view, Join) and step.view.needs_moments
+
+
+def _join(step: Step, values, outside: Outside):
+    """A join of several tensors; those that carry other sites' channels alone are None."""
+    assert isinstance(step.view, Join) and step.node is not None  # noqa: PT018
+    read = {tensor: values[tensor] for tensor in step.sources}
+    read |= {tensor: outside(tensor) for tensor in step.outside}
+    return step.view.combine(*step.node.arguments(read))
 
 
 def _owners(mine: ChannelMap) -> np.ndarray:

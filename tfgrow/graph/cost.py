@@ -72,7 +72,8 @@ def _extras(sites: Sequence[Site]) -> tuple[dict, dict, dict]:
     for site in sites:
         if site.blocked:
             continue
-        fan_out.setdefault(id(site.producer), []).append((site.name, 1))
+        for node in site.producers:
+            fan_out.setdefault(id(node.operation), []).append((site.name, 1))
         for step in site.steps:
             own = step.layer.growable_variables() if isinstance(step.layer, Growable) else ()
             for name in own:

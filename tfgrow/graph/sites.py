@@ -1,43 +1,68 @@
 """Sites: the places of a model whose width can change.
 
-A site is a producer (a mixing layer), the channelwise path after it, and the consumers at the
-path's ends. Every place that can't grow is a site too, with the reason in `blocked`.
+A site is a producer (a mixing layer) or several that are tied, the channelwise path after them, and
+the consumers at the path's ends. Every place that can't grow is a site too, with the reason in
+`blocked`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import keras
 
-from tfgrow._keras import called_by_others, readers_of, takes_mask
+from tfgrow._keras import called_by_others, readers_of
+from tfgrow.graph.channels import Flow, called_too_often, tied_inputs
 from tfgrow.graph.nodes import Graph, Node, trace
 from tfgrow.graph.versions import version_of
 from tfgrow.layers import registry
-from tfgrow.layers.growable import Channelwise, Mixing
+from tfgrow.layers.growable import Mixing
+from tfgrow.layers.joins import Join, in_a_row, join_view
 from tfgrow.types import ChannelMap
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Step:
-    """One channelwise layer of a path.
+    """One layer of a path: channelwise, or a join of several tensors.
 
     Attributes:
       view: the layer as tfgrow sees it.
       layer: the Keras layer itself (the producer, for its own activation).
-      source, target: ids of the tensors it reads and makes.
-      incoming: where the site's channels lie on the last axis of what it reads.
-      input_shape: static shape of what it reads.
+      node: its call; None for a producer's own activation.
+      sources: ids of the tensors it reads that carry the site's channels.
+      outside: ids of the other tensors it reads, as far as their values matter.
+      target: id of the tensor it makes.
+      incoming: where the site's channels lie on the last axis of the first source.
+      input_shape: static shape of the first source.
     """
 
-    view: Channelwise
+    view: Any  # Channelwise | Join
     layer: Any
-    source: int
+    node: Node | None
+    sources: tuple[int, ...]
+    outside: tuple[int, ...]
     target: int
     incoming: ChannelMap
     input_shape: tuple
+
+    @property
+    def source(self) -> int:
+        """The tensor it reads, or the first of them."""
+        return self.sources[0]
+
+    def channel_map(self, maps: dict[int, ChannelMap]) -> ChannelMap:
+        """Where channels lie on what it makes, given where they lie on what it reads."""
+        if not isinstance(self.view, Join):
+            return self.view.channel_map(maps[self.source], self.input_shape)
+        if self.view.ties or self.node is None:
+            return maps[self.source]
+        read = [tensor for tensor in self.node.inputs if tensor in self.sources]
+        row = in_a_row([(maps[tensor].size, maps[tensor]) for tensor in read])
+        assert row is not None
+        return row
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,11 +73,14 @@ class Leaf:
       tensor: its id.
       channels: where the site's channels lie on its last axis.
       consumers: the nodes that read it, all mixing layers.
+      passed_on: whether the site's path goes on behind it too: then the gradient at the tensor is
+        not that of what the consumers read alone.
     """
 
     tensor: int
     channels: ChannelMap
     consumers: tuple[Node, ...]
+    passed_on: bool = False
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -61,40 +89,50 @@ class Site:
 
     Attributes:
       name: the producer's name.
-      producer: the layer that makes the channels.
+      producer: the layer that makes the channels; the first of them if several are tied.
+      producers: all nodes that make them (empty if the layer isn't called exactly once): what an
+        addition or a gate ties widens together.
       units: how many there are; 0 if tfgrow can't tell, and then the site is blocked.
-      node: the producer's `Node` (None if the layer isn't called exactly once: then it is blocked).
-      steps: the channelwise layers after it, in topological order.
+      steps: the layers after them, in topological order.
       leaves: the path's ends.
       blocked: None, or why the site can't be widened.
       version: the model's version when the site was traced.
+      graph: the graph it was found in.
     """
 
     name: str
     producer: Any
+    producers: tuple[Node, ...]
     units: int
-    node: Any
     steps: tuple[Step, ...]
     leaves: tuple[Leaf, ...]
     blocked: str | None
     version: int
+    graph: Graph = dataclasses.field(repr=False)
     model: weakref.ref = dataclasses.field(repr=False)
+
+    @property
+    def node(self) -> Node | None:
+        """The producer's call, if there is exactly one."""
+        return self.producers[0] if self.producers else None
 
     @property
     def consumers(self) -> tuple:
         """The layers that read the site's channels."""
         return tuple(node.operation for leaf in self.leaves for node in leaf.consumers)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all its producers: the site answers to each of them."""
+        return (self.name, *(node.name for node in self.producers[1:]))
+
     def __repr__(self) -> str:
+        makers = self.name if len(self.producers) < 2 else " + ".join(self.names)
         if self.blocked:
-            return f"<Site {self.name}: {self.units} units, blocked: {self.blocked}>"
+            return f"<Site {makers}: {self.units} units, blocked: {self.blocked}>"
         readers = ", ".join(layer.name for layer in self.consumers)
         path = " -> ".join(step.layer.name for step in self.steps)
-        return f"<Site {self.name}: {self.units} units -> {path or 'directly'} -> {readers}>"
-
-
-class _Blocked(Exception):
-    """Carries the reason out of the walk along a path."""
+        return f"<Site {makers}: {self.units} units -> {path or 'directly'} -> {readers}>"
 
 
 def find_sites(model: keras.Model) -> list[Site]:
@@ -105,7 +143,8 @@ def find_sites(model: keras.Model) -> list[Site]:
 
     Returns:
       The sites in topological order. A site with `blocked` set can't be widened, and `blocked`
-      says why; nothing is left out.
+      says why; nothing is left out. Layers whose channels are added or multiplied can only widen
+      together: they are one site, named after the first of them.
 
     Example:
 
@@ -121,82 +160,112 @@ def find_sites(model: keras.Model) -> list[Site]:
 
 def sites_of(model: keras.Model, graph: Graph) -> list[Site]:
     """`find_sites` on a graph that is traced already."""
+    flow = Flow(graph)
     sites, seen = [], set()
     for node in graph.nodes:
         layer = node.operation
-        if id(layer) in seen or registry.channelwise_view(layer) is not None:
+        known = registry.channelwise_view(layer) is not None or join_view(layer) is not None
+        if id(layer) in seen or known:
             continue
         seen.add(id(layer))
-        if isinstance(layer, Mixing) or getattr(layer, "weights", None):
-            sites.append(_site(model, graph, node))
+        if not isinstance(layer, Mixing):
+            if getattr(layer, "weights", None):
+                sites.append(_blocked(model, graph, node, _unknown_producer(layer)))
+            continue
+        site = _site(model, graph, flow, node)
+        sites.append(site)
+        if site.blocked is None:
+            seen |= {id(other.operation) for other in site.producers}
     return sites
 
 
-def _site(model, graph: Graph, node: Node) -> Site:
-    layer = node.operation
-    steps: tuple[Step, ...] = ()
-    leaves: tuple[Leaf, ...] = ()
-    blocked = None
-    try:
-        _check_whole(model)
-        _check_producer(graph, node)
-        steps, leaves = _walk(graph, node)
-        _check_used_here_only(model, graph, node, steps)
-    except _Blocked as reason:
-        blocked = str(reason)
+def _site(model, graph: Graph, flow: Flow, node: Node) -> Site:
+    reason = _why_blocked(model, graph, flow, node)
+    if reason is not None:
+        return _blocked(model, graph, node, reason)
+    producers = tuple(flow.tied(node.index))
+    steps, leaves = _path(graph, flow, flow.root(node.index))
+    if not leaves:
+        return _blocked(model, graph, node, f"nothing reads the channels of '{node.name}'")
+    reason = _used_elsewhere(model, graph, node, producers, steps)
+    if reason is not None:
+        return _blocked(model, graph, node, reason)
     return Site(
-        name=layer.name,
-        producer=layer,
-        units=_units(layer),
-        node=None if len(graph.calls(layer)) > 1 else node,
+        name=node.name,
+        producer=node.operation,
+        producers=producers,
+        units=node.operation.growth_units,
         steps=steps,
         leaves=leaves,
-        blocked=blocked,
+        blocked=None,
         version=version_of(model),
+        graph=graph,
         model=weakref.ref(model),
     )
 
 
-def _units(layer) -> int:
-    if isinstance(layer, Mixing):
-        return layer.growth_units
+def _blocked(model, graph: Graph, node: Node, reason: str) -> Site:
+    layer = node.operation
+    units = layer.growth_units if isinstance(layer, Mixing) else _units_attribute(layer)
+    return Site(
+        name=layer.name,
+        producer=layer,
+        producers=() if len(graph.calls(layer)) > 1 else (node,),
+        units=units,
+        steps=(),
+        leaves=(),
+        blocked=reason,
+        version=version_of(model),
+        graph=graph,
+        model=weakref.ref(model),
+    )
+
+
+def _units_attribute(layer) -> int:
     units = getattr(layer, "units", getattr(layer, "filters", None))
     return units if isinstance(units, int) else 0
 
 
-def _check_whole(model) -> None:
-    """Growing part of another model would leave that one's optimizer and functions behind."""
+def _why_blocked(model, graph: Graph, flow: Flow, node: Node) -> str | None:
     if called_by_others(model):
-        raise _Blocked(
+        # Growing part of another model would leave that one's optimizer and functions behind.
+        return (
             f"model '{model.name}' is part of another model, which called it; grow that one: "
             "tfgrow.convert(the whole model)"
         )
+    own = _producer_blocked(graph, node)
+    if own is not None:
+        return own
+    for other in flow.tied(node.index):
+        reason = _producer_blocked(graph, other)
+        if reason is not None:
+            return f"its channels are tied to those of '{other.name}', which can't grow: {reason}"
+    return flow.reason(node.index)
 
 
-def _check_used_here_only(model, graph: Graph, node: Node, steps) -> None:
+def _producer_blocked(graph: Graph, node: Node) -> str | None:
+    layer = node.operation
+    often = called_too_often(graph, layer)
+    if often is not None:
+        return often
+    if not layer.trainable:
+        return f"layer '{layer.name}' is frozen (trainable=False)"
+    if node.outputs[0] in graph.outputs:
+        return f"layer '{layer.name}' is an output layer: its width is the model's output"
+    return registry.producer_blocked(layer)
+
+
+def _used_elsewhere(model, graph: Graph, node: Node, producers, steps) -> str | None:
     """The layers of a site must not feed layers of another model, which could not follow."""
     own = {id(n.operation) for n in graph.nodes}
-    for layer in (node.operation, *(step.layer for step in steps)):
-        for reader in readers_of(layer):
+    for layer in (*(n.operation for n in producers), *(step.layer for step in steps)):
+        for reader in readers_of(layer) if isinstance(layer, keras.layers.Layer) else ():
             if id(reader) not in own and getattr(reader, "weights", None):
-                raise _Blocked(
+                return (
                     f"the channels of '{node.name}' also reach layer '{reader.name}', which is "
                     f"not part of model '{model.name}'; give that model layers of its own"
                 )
-
-
-def _check_producer(graph: Graph, node: Node) -> None:
-    layer = node.operation
-    if not isinstance(layer, Mixing):
-        raise _Blocked(_unknown_producer(layer))
-    _check_called_once(graph, layer)
-    if not layer.trainable:
-        raise _Blocked(f"layer '{layer.name}' is frozen (trainable=False)")
-    if node.outputs[0] in graph.outputs:
-        raise _Blocked(f"layer '{layer.name}' is an output layer: its width is the model's output")
-    reason = registry.producer_blocked(layer)
-    if reason:
-        raise _Blocked(reason)
+    return None
 
 
 def _unknown_producer(layer) -> str:
@@ -217,125 +286,70 @@ def _unknown_producer(layer) -> str:
     )
 
 
-def _check_called_once(graph: Graph, layer) -> None:
-    calls = len(graph.calls(layer))
-    if calls > 1:
-        raise _Blocked(f"layer '{layer.name}' is shared: it is called {calls} times")
+def _path(graph: Graph, flow: Flow, root: int) -> tuple[tuple[Step, ...], tuple[Leaf, ...]]:
+    """All layers that some channels pass through, and all tensors at which others read them."""
+    steps: list[Step] = []
+    consumers: dict[int, list[Node]] = {}
+    for node in graph.nodes:
+        mine = tuple(t for t in dict.fromkeys(node.inputs) if root in flow.at(t))
+        if mine and node.mixing:
+            consumers.setdefault(mine[0], []).append(node)
+        elif mine:
+            steps.append(_step(graph, flow, root, node, mine))
+    passed_on = {tensor for step in steps for tensor in step.sources}
+    leaves = tuple(
+        Leaf(tensor, flow.at(tensor)[root], tuple(nodes), tensor in passed_on)
+        for tensor, nodes in consumers.items()
+    )
+    return tuple(steps), leaves
 
 
-def _walk(graph: Graph, producer: Node) -> tuple[tuple[Step, ...], tuple[Leaf, ...]]:
-    """Follows a producer's channels to all their consumers."""
-    layer = producer.operation
-    tensor = producer.outputs[0]
-    identity = ChannelMap.identity(layer.growth_units)
-    steps = []
-    leaves: dict[int, Leaf] = {}
-    frontier = [(tensor, identity)]
-    while frontier:
-        tensor, channels = frontier.pop(0)
-        readers = graph.readers(tensor)
-        if tensor in graph.outputs:
-            raise _Blocked(f"the channels of '{layer.name}' reach the model's output unmixed")
-        if not readers:
-            raise _Blocked(f"nothing reads the channels of '{layer.name}'")
-        for node in readers:
-            if node.mixing:
-                _check_consumer(graph, node, layer)
-                _add_consumer(leaves, tensor, channels, node)
-                continue
-            step = _step(graph, node, tensor, channels, layer)
-            steps.append(step)
-            frontier.append((step.target, step.view.channel_map(step.incoming, step.input_shape)))
-    return tuple(steps), tuple(leaves.values())
-
-
-def _add_consumer(leaves, tensor, channels, node) -> None:
-    known = leaves.get(tensor)
-    consumers = (*known.consumers, node) if known else (node,)
-    leaves[tensor] = Leaf(tensor, channels, consumers)
-
-
-def _check_consumer(graph: Graph, node: Node, producer) -> None:
-    consumer = node.operation
-    _check_called_once(graph, consumer)
-    reason = registry.blocked_reason(consumer)
-    if reason:
-        raise _Blocked(f"the channels of '{producer.name}' reach a blocked consumer: {reason}")
-    if not consumer.trainable:
-        raise _Blocked(
-            f"the channels of '{producer.name}' reach layer '{consumer.name}', which is frozen "
-            "(trainable=False)"
-        )
-
-
-def _step(graph: Graph, node: Node, tensor: int, channels: ChannelMap, producer) -> Step:
+def _step(graph: Graph, flow: Flow, root: int, node: Node, mine: tuple[int, ...]) -> Step:
     layer = node.operation
-    view = registry.channelwise_view(layer)
-    if view is not None and len(node.inputs) == 2 and takes_mask(layer):
-        raise _Blocked(
-            f"the channels of '{producer.name}' reach layer '{layer.name}' ({type(layer).__name__})"
-            ", which reads a mask (of Masking or Embedding(mask_zero=True)) beside them: paths are "
-            "followed unmasked"
-        )
-    if view is None or len(node.inputs) != 1:
-        raise _Blocked(
-            f"the channels of '{producer.name}' reach '{node.name}' ({type(layer).__name__}), "
-            + _why_not_channelwise(layer)
-        )
-    if layer.weights:  # what has none may be called as often as one likes
-        _check_called_once(graph, layer)
-    reason = registry.blocked_reason(layer)
-    if reason:
-        raise _Blocked(f"on the path of '{producer.name}': {reason}")
-    shape = tuple(graph.tensors[tensor].shape)
-    output_shape = graph.tensors[node.outputs[0]].shape
-    if len(output_shape) < len(shape) and None in shape[1:] and _flattens(view, channels, shape):
-        raise _Blocked(
-            f"layer '{layer.name}' flattens a tensor of unknown size {shape}; give the model's "
-            "input a static shape"
-        )
-    return Step(view, layer, tensor, node.outputs[0], channels, shape)
-
-
-def _flattens(view: Channelwise, channels: ChannelMap, shape) -> bool:
-    known = tuple(2 if size is None else size for size in shape)
-    return view.channel_map(channels, known).blocks != channels.blocks
-
-
-def _why_not_channelwise(layer) -> str:
-    if isinstance(layer, keras.layers.Layer) and type(layer).__name__ in (
-        "Add", "Subtract", "Multiply", "Average", "Maximum", "Minimum", "Concatenate", "Dot",
-    ):  # fmt: skip
-        return "which ties them to the channels of other layers"
-    if isinstance(layer, keras.Model):
-        return (
-            "a nested model; tfgrow.convert(model) inlines nested Functional and Sequential models"
-        )
-    if registry.growable_class(layer) is not None:
-        return "a stock layer; make the model growable with tfgrow.convert(model)"
-    return "which mixes channels or is unknown to tfgrow"
+    view: Any = join_view(layer) if len(node.inputs) > 1 else registry.channelwise_view(layer)
+    outside: tuple[int, ...] = ()
+    if isinstance(view, Join) and view.ties:
+        mine = tuple(tied_inputs(flow, node))
+        outside = tuple(tensor for tensor in dict.fromkeys(node.inputs) if tensor not in mine)
+    shape = tuple(graph.tensors[mine[0]].shape)
+    return Step(view, layer, node, mine, outside, node.outputs[0], flow.at(mine[0])[root], shape)
 
 
 def steps_with_activation(site: Site) -> tuple[Step, ...]:
-    """The site's steps, preceded by the producer's own activation: the way of the response u.
+    """The site's steps, preceded by the producers' own activations: the way of the responses.
 
-    The response has the tensor id `RESPONSE`; the producer's output keeps its own.
+    The response of producer i has the tensor id `response_id(i)`; its output keeps its own.
     """
-    producer = site.producer
+    return (*_activations(site), *site.steps)
+
+
+def _activations(site: Site) -> Iterator[Step]:
     units = ChannelMap.identity(site.units)
-    activation = Step(
-        registry.OwnActivation(producer), producer, RESPONSE, site.node.outputs[0], units, ()
-    )
-    return (activation, *site.steps)
+    for number, node in enumerate(site.producers):
+        view = registry.OwnActivation(node.operation)
+        source, target = (response_id(number),), node.outputs[0]
+        yield Step(view, node.operation, None, source, (), target, units, ())
 
 
-RESPONSE = -1
-"""Tensor id, within a site's path, of the producer's response before its activation."""
+def response_id(number: int) -> int:
+    """Tensor id, within a site's path, of a producer's response before its activation."""
+    return -1 - number
 
 
 def channel_maps(site: Site, count: int) -> dict[int, ChannelMap]:
     """Tensor id -> where `count` units of the site would lie there, were they all it has."""
-    maps = {RESPONSE: ChannelMap.identity(count)}
+    identity = ChannelMap.identity(count)
+    maps = {response_id(number): identity for number in range(len(site.producers))}
     for step in steps_with_activation(site):
-        maps[step.target] = step.view.channel_map(maps[step.source], step.input_shape)
+        maps[step.target] = step.channel_map(maps)
     return maps
+
+
+def parameter_name(name: str, producer: int) -> str:
+    """What a parameter of theta is called that belongs to one of a site's producers.
+
+    Args:
+      name: of the producer's variable.
+      producer: number of the producer; the first one's parameters go by the variable's own name.
+    """
+    return name if producer == 0 else f"{name}/{producer}"

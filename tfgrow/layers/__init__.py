@@ -6,6 +6,7 @@ from tfgrow.layers.conv import Conv1D, Conv2D, Conv3D
 from tfgrow.layers.dense import Dense
 from tfgrow.layers.depthwise_conv import DepthwiseConv2D
 from tfgrow.layers.growable import Axes, Channelwise, Growable, GrowableChannelwise, Mixing, Moments
+from tfgrow.layers.joins import register_join
 from tfgrow.layers.prelu import PReLU
 from tfgrow.layers.stateless import register_channelwise
 
@@ -25,4 +26,5 @@ __all__ = [
     "PReLU",
     "register_channelwise",
     "register_elementwise",
+    "register_join",
 ]

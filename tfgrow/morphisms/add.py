@@ -16,7 +16,7 @@ from __future__ import annotations
 import numpy as np
 import tensorflow as tf
 
-from tfgrow.capture.capture import consumer_taps
+from tfgrow.capture.capture import consumer_taps, outside_of
 from tfgrow.capture.execute import tensor_tap
 from tfgrow.capture.path import take
 from tfgrow.curvature.normal import (
@@ -27,6 +27,7 @@ from tfgrow.curvature.normal import (
     solve_sums,
     zero_sums,
 )
+from tfgrow.graph.sites import parameter_name
 from tfgrow.morphisms.base import Candidate, Morphism, Perturbed
 from tfgrow.morphisms.path_state import (
     Observer,
@@ -34,7 +35,7 @@ from tfgrow.morphisms.path_state import (
     stacked_path_variables,
     state_moments,
 )
-from tfgrow.morphisms.weights import consumer_kernel, fan_in_weights, unit_scale
+from tfgrow.morphisms.weights import consumer_kernel, fan_in_weights, site_fan_in, typical_scale
 from tfgrow.types import NEWBORN, Cost, NewUnit, WidthEdit
 
 DENSE_LIMIT = 600
@@ -51,13 +52,16 @@ class Add(Morphism):
 
     def candidates(self, site, *, new_units, seed):
         rng = np.random.default_rng([seed, 1, *site.name.encode()])
-        weights = fan_in_weights(site.producer)
-        size = float(np.sqrt(np.mean(unit_scale(site) ** 2)))
         found = []
         for number in range(new_units):
-            theta = {"kernel": size * rng.standard_normal(weights["kernel"].shape[1:])}
-            if "bias" in weights:
-                theta["bias"] = np.zeros(())
+            theta = {}
+            for producer, node in enumerate(site.producers):
+                weights = fan_in_weights(node.operation)
+                direction = rng.standard_normal(weights["kernel"].shape[1:])
+                size = typical_scale(node.operation)
+                theta[parameter_name("kernel", producer)] = size * direction
+                if "bias" in weights:
+                    theta[parameter_name("bias", producer)] = np.zeros(())
             for index, shape in enumerate(_phi_shapes(site)):
                 theta[f"phi/{index}"] = np.zeros(shape)
             theta = {name: value.astype("float32") for name, value in theta.items()}
@@ -69,21 +73,27 @@ class Add(Morphism):
         return consumer_taps(site)
 
     def scale(self, site, units):
-        size = np.full(len(units), np.sqrt(np.mean(unit_scale(site) ** 2)), dtype="float32")
-        return {"kernel": size, "bias": size}
+        return {
+            parameter_name(name, number): np.full(
+                len(units), typical_scale(node.operation), dtype="float32"
+            )
+            for number, node in enumerate(site.producers)
+            for name in self.learned
+        }
 
-    def perturb(self, capture, group, theta, response, fresh):
-        del capture
-        path = group.path
+    def perturb(self, capture, group, theta, responses, fresh):
+        path, outside = group.path, outside_of(capture)
         templates = group.static["template"].tolist()
         if fresh:
             observer = Observer(path, ("new",))
             live = path.live_variables(templates)
-            return Perturbed(path.run_newborn(response, live, observer.keep), observer.seen)
+            return Perturbed(
+                path.run_newborn(responses, live, outside, observer.keep), observer.seen
+            )
         variables = stacked_path_variables(
             path, templates, lambda number: state_moments(theta, "new", number)
         )
-        return Perturbed(path.run(response, variables), {})
+        return Perturbed(path.run(responses, variables, outside), {})
 
     def covectors(self, capture, group, theta, perturbed):
         covectors = {}
@@ -134,7 +144,7 @@ class Add(Morphism):
 
     def edit(self, candidate):
         site = candidate.site
-        fan_in = {name: candidate.theta[name] for name in fan_in_weights(site.producer, [0])}
+        fan_in = {name: candidate.theta[name] for name in site_fan_in(site, [0])}
         rows = [candidate.theta[f"phi/{index}"] for index in range(len(site.consumers))]
         unit = NewUnit(
             source=NEWBORN,

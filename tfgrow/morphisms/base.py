@@ -16,10 +16,10 @@ from typing import Any, ClassVar
 import numpy as np
 import tensorflow as tf
 
-from tfgrow.capture.capture import Capture, leaf_taps, producer_input
-from tfgrow.capture.execute import Tap, tensor_tap
+from tfgrow.capture.capture import Capture, leaf_taps, producer_inputs, taps_of_leaf
+from tfgrow.capture.execute import Tap
 from tfgrow.capture.path import Path, take
-from tfgrow.graph.sites import Leaf, Site
+from tfgrow.graph.sites import Leaf, Site, parameter_name
 from tfgrow.morphisms.weights import as_layer_weights
 from tfgrow.types import Cost, WidthEdit
 
@@ -88,15 +88,15 @@ def perturb_all(
 ) -> list[Perturbed]:
     """What all groups do on a batch; see `Morphism.perturb`."""
     return [
-        group.morphism.perturb(capture, group, theta, response, fresh)
-        for group, theta, response in zip(
+        group.morphism.perturb(capture, group, theta, responses, fresh)
+        for group, theta, responses in zip(
             groups, thetas, _responses(capture, groups, thetas), strict=True
         )
     ]
 
 
 def _responses(capture: Capture, groups: Sequence[Group], thetas: Sequence[Theta]) -> list:
-    """Per group, its producer's response to theta; one call per site serves all its groups.
+    """Per group, its producers' responses to theta; one call per producer serves all its groups.
 
     Most of a call on few units is spent on taking the input apart.
     """
@@ -104,19 +104,22 @@ def _responses(capture: Capture, groups: Sequence[Group], thetas: Sequence[Theta
     for number, group in enumerate(groups):
         if group.morphism.reads_producer:
             by_site.setdefault(group.site.name, []).append(number)
-    responses: list = [None] * len(groups)
+    responses: list = [[] for _ in groups]
     for members in by_site.values():
         site = groups[members[0]].site
-        weights = {
-            name: tf.concat([thetas[number][name] for number in members], axis=0)
-            for name in site.producer.growable_variables()
-        }
-        together = site.producer.linear(
-            producer_input(capture, site), **as_layer_weights(site.producer, weights)
-        )
         sizes = [len(groups[number].units) for number in members]
-        for number, part in zip(members, _parts(together, sizes), strict=True):
-            responses[number] = part
+        inputs = producer_inputs(capture, site)
+        for producer, (node, read) in enumerate(zip(site.producers, inputs, strict=True)):
+            weights = {
+                name: tf.concat([thetas[number][name] for number in members], axis=0)
+                for name in (
+                    parameter_name(own, producer) for own in node.operation.growable_variables()
+                )
+            }
+            layer = node.operation
+            together = layer.linear(read, **as_layer_weights(layer, weights, producer))
+            for number, part in zip(members, _parts(together, sizes), strict=True):
+                responses[number].append(part)
     return responses
 
 
@@ -165,10 +168,11 @@ class Morphism:
 
     Attributes:
       name: by which users and journals know it.
-      learned: the names of theta that are improved by gradient.
+      learned: the names of theta that are improved by gradient (`name/1` is `name` of a second
+        producer).
       solved: the names of theta that have a closed form, given the learned ones.
-      reads_producer: whether theta holds incoming weights, under the names of the producer's own
-        variables, to which `perturb` is given the response.
+      reads_producer: whether theta holds incoming weights, under the names of the producers' own
+        variables, to which `perturb` is given the responses.
       edits_unit: whether a candidate edits the old unit it names, so that two such candidates
         exclude each other; else it brings something new.
       units: by how many units a candidate changes the width of its site.
@@ -193,8 +197,12 @@ class Morphism:
         """Natural size of the entries of each learned parameter, `[n]`: the unit of a step."""
         raise NotImplementedError
 
+    def is_learned(self, name: str) -> bool:
+        """Whether a parameter of theta is improved by gradient."""
+        return name.split("/")[0] in self.learned
+
     def perturb(
-        self, capture: Capture, group: Group, theta: Theta, response: Any, fresh: bool
+        self, capture: Capture, group: Group, theta: Theta, responses: Sequence, fresh: bool
     ) -> Perturbed:
         """What the group's candidates change, or newly bring, at the ends of the site's path.
 
@@ -202,8 +210,8 @@ class Morphism:
           capture: the batch.
           group: the candidates.
           theta: stacked parameters and measured state.
-          response: the producer's response `[N, ..., n]` to theta's incoming weights; None if the
-            morphism `reads_producer` not.
+          responses: per producer, its response `[N, ..., n]` to theta's incoming weights; empty
+            if the morphism `reads_producer` not.
           fresh: whether statistics are taken from the batch (while learning) instead of `theta`.
         """
         raise NotImplementedError
@@ -266,7 +274,7 @@ class AtInputs(Morphism):
     def covectors(self, capture, group, theta, perturbed):
         del theta, perturbed
         return {
-            leaf.tensor: take(capture.cotangents[tensor_tap(leaf.tensor)], where(group, leaf))
+            leaf.tensor: take(cotangents_at(capture, leaf), where(group, leaf))
             for leaf in group.site.leaves
         }
 
@@ -276,8 +284,14 @@ class AtInputs(Morphism):
         for leaf in group.site.leaves:
             scatter = tf.one_hot(where(group, leaf), leaf.channels.size, dtype=tf.float32)
             delta = perturbed.values[leaf.tensor]
-            tangents[tensor_tap(leaf.tensor)] = tf.tensordot(delta, scatter, 1)
+            tangents |= dict.fromkeys(taps_of_leaf(leaf), tf.tensordot(delta, scatter, 1))
         return tangents
+
+
+def cotangents_at(capture: Capture, leaf: Leaf):
+    """Gradient and columns at what a leaf's consumers read, `[1 + K, N, ..., size]`."""
+    first, *others = [capture.cotangents[tap] for tap in taps_of_leaf(leaf)]
+    return tf.add_n([first, *others]) if others else first
 
 
 def where(group: Group, leaf: Leaf) -> np.ndarray:

@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from tfgrow.capture.path import Path
 from tfgrow.layers.growable import Moments
+from tfgrow.layers.joins import Join
 from tfgrow.morphisms.base import Candidate
 
 
@@ -69,10 +70,13 @@ def _unit_path(candidate, who, method, unit):
     live = path.live_variables([unit])
     result = []
     for number, (step, variables) in enumerate(zip(path.steps, live, strict=True)):
-        moments = _scaled_moments(candidate.state, who, number)
-        made = getattr(step.view, method)(variables, moments)
+        made = {}
+        if not isinstance(step.view, Join):
+            moments = _scaled_moments(candidate.state, who, number)
+            made = getattr(step.view, method)(variables, moments)
         result.append({name: np.asarray(value, dtype="float32") for name, value in made.items()})
-    return tuple(result[1:])  # the producer's own activation, first, is not a step of the site
+    # the producers' own activations, which come first, are no steps of the site
+    return tuple(result[len(site.producers) :])
 
 
 def _scaled_moments(state, who: str, number: int) -> Moments | None:
@@ -101,5 +105,8 @@ def stacked_path_variables(
                 path.lay_out(step.source, moments.mean),
                 path.lay_out(step.source, moments.variance),
             )
-        result.append(step.view.newborn_variables(variables, moments))
+        made = (
+            {} if isinstance(step.view, Join) else step.view.newborn_variables(variables, moments)
+        )
+        result.append(made)
     return tuple(result)

@@ -20,7 +20,7 @@ from tfgrow.curvature.normal import cross_damping
 from tfgrow.curvature.stand_in import change, solve, spread_out, stand_in_sums, zero_sums
 from tfgrow.graph.sites import Site
 from tfgrow.morphisms.base import AtInputs, Candidate, Perturbed
-from tfgrow.morphisms.weights import fan_in_weights
+from tfgrow.morphisms.weights import site_fan_in
 from tfgrow.types import Cost, RemovedUnit, WidthEdit
 
 
@@ -46,8 +46,8 @@ class Prune(AtInputs):
         del site, units
         return {}
 
-    def perturb(self, capture, group, theta, response, fresh):
-        del response, fresh
+    def perturb(self, capture, group, theta, responses, fresh):
+        del responses, fresh
         if "share" not in theta:  # not solved yet, and nothing in it is improved by gradient
             return Perturbed({}, {})
         itself = _itself(group)
@@ -125,7 +125,7 @@ def _free(group) -> np.ndarray:
 
 def copies_of(site: Site) -> list[list[int]]:
     """Per unit of a site, the others that hand exactly the same to the consumers."""
-    parts = [*fan_in_weights(site.producer).values()]
+    parts = [*site_fan_in(site).values()]
     path = Path(site, site.units)
     every = range(site.units)
     for step, variables in zip(path.steps, path.live_variables(every), strict=True):

@@ -98,7 +98,7 @@ def _chosen(model, every: Sequence[Site], wanted) -> list[Site]:
             reasons = "; ".join(f"{site.name}: {site.blocked}" for site in every)
             raise ValueError(f"Nothing in model '{model.name}' can grow. {reasons}")
         return chosen
-    by_name = {site.name: site for site in every}
+    by_name = {name: site for site in every for name in site.names}
     chosen = []
     for item in [wanted] if isinstance(wanted, (str, Site)) else wanted:
         name = item.name if isinstance(item, Site) else item

@@ -14,12 +14,13 @@ from __future__ import annotations
 import numpy as np
 import tensorflow as tf
 
-from tfgrow.capture.capture import producer_response
+from tfgrow.capture.capture import outside_of, producer_responses
 from tfgrow.capture.execute import tensor_tap
-from tfgrow.capture.path import sizes_of, take
+from tfgrow.capture.path import needs_moments, sizes_of, take
+from tfgrow.graph.sites import parameter_name
 from tfgrow.morphisms.base import AtInputs, Candidate, Perturbed
 from tfgrow.morphisms.path_state import Observer, child_path
-from tfgrow.morphisms.weights import fan_in_weights, unit_scale
+from tfgrow.morphisms.weights import fan_in_weights, site_fan_in, unit_scale
 from tfgrow.types import ChannelMap, Cost, NewUnit, WidthEdit
 
 START = 0.5
@@ -39,31 +40,42 @@ class Split(AtInputs):
     def candidates(self, site, *, new_units, seed):
         del new_units
         rng = np.random.default_rng([seed, *site.name.encode()])
-        scale = START * unit_scale(site)
-        weights = fan_in_weights(site.producer)
-        start = rng.standard_normal(weights["kernel"].shape).astype("float32")
-        start *= scale.reshape(-1, *[1] * (start.ndim - 1))
-        theta = {"kernel": start}
-        if "bias" in weights:
-            theta["bias"] = np.zeros_like(weights["bias"])
+        theta = {}
+        for number, node in enumerate(site.producers):
+            weights = fan_in_weights(node.operation)
+            start = rng.standard_normal(weights["kernel"].shape).astype("float32")
+            scale = START * unit_scale(node.operation)
+            theta[parameter_name("kernel", number)] = (
+                scale.reshape(-1, *[1] * (start.ndim - 1)) * start
+            )
+            if "bias" in weights:
+                theta[parameter_name("bias", number)] = np.zeros_like(weights["bias"])
         return [
             Candidate(site, self.name, unit, {k: v[unit] for k, v in theta.items()}, {}, Cost())
             for unit in range(site.units)
         ]
 
     def scale(self, site, units):
-        size = unit_scale(site)[units]
-        return {"kernel": size, "bias": size}
+        return {
+            parameter_name(name, number): unit_scale(node.operation)[units]
+            for number, node in enumerate(site.producers)
+            for name in self.learned
+        }
 
-    def perturb(self, capture, group, theta, response, fresh):
+    def perturb(self, capture, group, theta, responses, fresh):
         del theta
-        path = group.path
-        now = take(producer_response(capture, group.site), group.units)
+        path, outside = group.path, outside_of(capture)
+        now = [take(u, group.units) for u in producer_responses(capture, group.site)]
         # Both go through the path as one batch: half of the operations to trace.
-        together = _behind_one_another(now + response, now - response)
+        together = [_behind_one_another(u + d, u - d) for u, d in zip(now, responses, strict=True)]
         # Children compute with their parent's statistics, so their own are needed only once.
         observer = Observer(path, CHILDREN) if fresh else None
-        arriving = path.run(together, path.live_variables(group.units), observer)
+        arriving = path.run(
+            together,
+            path.live_variables(group.units),
+            lambda tensor: _behind_one_another(outside(tensor), outside(tensor)),
+            observer,
+        )
         values = {}
         for leaf in group.site.leaves:
             plus, minus = _apart(arriving[leaf.tensor])
@@ -75,7 +87,7 @@ class Split(AtInputs):
 
     def edit(self, candidate):
         site, unit = candidate.site, candidate.unit
-        weights = fan_in_weights(site.producer, [unit])
+        weights = site_fan_in(site, [unit])
         children = []
         for child, sign in (("plus", 1.0), ("minus", -1.0)):
             fan_in = {
@@ -107,7 +119,7 @@ def _now(capture, group, tensor: int, channels: ChannelMap):
 def _moments_now(capture, group) -> dict:
     observer = Observer(group.path, ("now",))
     for number, step in enumerate(group.path.steps):
-        if step.view.needs_moments:
+        if needs_moments(step):
             # no producer's own activation needs any: the source is a tensor of the model
             observer(number, _now(capture, group, step.source, step.incoming))
     return observer.seen

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import tensorflow as tf
 
-from tfgrow.graph.sites import Site
+from tfgrow.graph.sites import Site, parameter_name
 from tfgrow.layers.growable import Mixing
 
 
@@ -21,11 +21,26 @@ def fan_in_weights(layer: Mixing, units=None) -> dict[str, np.ndarray]:
     return weights
 
 
-def as_layer_weights(layer: Mixing, theta: Mapping) -> dict:
-    """`{"kernel": [n, ...]}` tensors in the layout of the layer, as `linear` takes them."""
+def site_fan_in(site: Site, units=None) -> dict[str, np.ndarray]:
+    """`fan_in_weights` of all of a site's producers, under their names in theta."""
+    return {
+        parameter_name(name, number): value
+        for number, node in enumerate(site.producers)
+        for name, value in fan_in_weights(node.operation, units).items()
+    }
+
+
+def as_layer_weights(layer: Mixing, theta: Mapping, producer: int = 0) -> dict:
+    """`{"kernel": [n, ...]}` tensors in the layout of the layer, as `linear` takes them.
+
+    Args:
+      layer: one of a site's producers.
+      theta: parameters of the site's candidates.
+      producer: the layer's number among the site's producers.
+    """
     weights = {}
     for name in layer.growable_variables():
-        value = theta[name]
+        value = theta[parameter_name(name, producer)]
         axis = out_axis(layer, name) % len(value.shape)
         order = [*range(1, len(value.shape))]
         order.insert(axis, 0)
@@ -44,12 +59,17 @@ def out_axis(layer: Mixing, name: str) -> int:
     return axis
 
 
-def unit_scale(site: Site) -> np.ndarray:
-    """Root mean square `[units]` of each unit's kernel; the site's own where a unit's is zero."""
-    kernel = fan_in_weights(site.producer)["kernel"]
+def unit_scale(layer: Mixing) -> np.ndarray:
+    """Root mean square `[units]` of each unit's kernel; the layer's own where a unit's is zero."""
+    kernel = fan_in_weights(layer)["kernel"]
     rms = np.sqrt(np.mean(kernel.reshape(len(kernel), -1) ** 2, axis=1))
     typical = rms[rms > 0].mean() if (rms > 0).any() else 1.0 / np.sqrt(kernel[0].size)
     return np.where(rms > 0, rms, typical).astype("float32")
+
+
+def typical_scale(layer: Mixing) -> float:
+    """Root mean square of all units' kernels, those that are zero left out."""
+    return float(np.sqrt(np.mean(unit_scale(layer) ** 2)))
 
 
 def consumer_kernel(layer: Mixing, rows):

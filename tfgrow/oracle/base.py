@@ -142,7 +142,8 @@ class GrowthOracle(keras_tuner.Oracle, abc.ABC):
         """Decides what to change; the one method of a strategy.
 
         It must not change the model. `self.limits(params, flops)` is what it may spend,
-        `self.site_names(names)` where, and `self.next_seed()` its randomness.
+        `self.site_names([site.names for site in sites])` where, and `self.next_seed()` its
+        randomness.
 
         Args:
           model: the live, built model.
@@ -164,7 +165,7 @@ class GrowthOracle(keras_tuner.Oracle, abc.ABC):
         """
         del data
         self.check_budget(model)
-        open_sites = [site.name for site in find_sites(model) if site.blocked is None]
+        open_sites = [site.names for site in find_sites(model) if site.blocked is None]
         if not self.site_names(open_sites):
             raise ValueError(
                 f"include={self.include} and exclude={self.exclude} leave no site of model "
@@ -330,8 +331,11 @@ class GrowthOracle(keras_tuner.Oracle, abc.ABC):
             edits=self.growth_per_step if isinstance(self.growth_per_step, int) else None,
         )
 
-    def site_names(self, names: Sequence[str]) -> list[str]:
+    def site_names(self, names: Sequence[str | Sequence[str]]) -> list[str]:
         """Those of `names` that `include` and `exclude` leave.
+
+        Args:
+          names: names of sites, or `Site.names`, all that a site answers to.
 
         Raises:
           ValueError: a pattern that matches none of them.

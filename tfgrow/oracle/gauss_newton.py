@@ -133,7 +133,7 @@ class GaussNewtonOracle(GrowthOracle):
         graph = trace(model)
         sites = [site for site in sites_of(model, graph) if site.blocked is None]
         costs = CostModel(graph, sites)
-        wanted = self.site_names([site.name for site in sites])
+        wanted = self.site_names([site.names for site in sites])
         smallest = min((cost.params for cost in self._smallest(sites, costs)), default=0)
         limits = self.limits(model.count_params(), costs.base.flops, smallest)
         seed = self.next_seed()
@@ -203,7 +203,7 @@ class GaussNewtonOracle(GrowthOracle):
     def _smallest(self, sites: Sequence[Site], costs: CostModel) -> list[Cost]:
         """Per site that may grow, what bringing it to its next allowed width costs."""
         multiple = self._limits.round_to or 1
-        names = set(self.site_names([site.name for site in sites]))
+        names = set(self.site_names([site.names for site in sites]))
         return [
             costs.extra({site.name: -site.units % multiple or multiple})
             for site in sites

@@ -3,17 +3,32 @@
 Edits of neighbouring sites meet in one kernel, as producer of the one and consumer of the other.
 The output side is built first, in the old input channels; the input side then widens all of it, so
 that a split's deviation theta is inherited by the halves of a split input channel as weights are.
+Channels of several sites may lie on one axis, behind a concatenation: it is widened once, for all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from tfgrow.graph.sites import Leaf, Step, channel_maps
-from tfgrow.types import NEWBORN, AxisSource, LayerChange, NewUnit, VariableChange, WidthEdit
+from tfgrow.graph.channels import Descent, Flow, Owners, descend
+from tfgrow.graph.nodes import Node
+from tfgrow.graph.sites import parameter_name
+from tfgrow.layers.growable import Growable
+from tfgrow.layers.registry import channelwise_view
+from tfgrow.types import (
+    NEWBORN,
+    AxisSource,
+    ChannelMap,
+    LayerChange,
+    NewUnit,
+    VariableChange,
+    WidthEdit,
+)
 
 MOST_DEPENDENT = 100.0
 """Condition number above which units that stand in for each other can't all be removed."""
@@ -58,20 +73,85 @@ def _edited(edit: WidthEdit) -> set[int]:
 
 def layer_changes(edits: Sequence[WidthEdit]) -> list[LayerChange]:
     """What a set of width edits does to every layer it reaches."""
+    merged = {edit.site.producers[0].index: edit for edit in merge_edits(edits)}
+    if not merged:
+        return []
+    graph = next(iter(merged.values())).site.graph
+    widening = _Widening(graph, merged)
     work: dict[int, _LayerWork] = {}
-    merged = merge_edits(edits)
-    for edit in merged:
-        producer = _work(work, edit.site.producer)
-        producer.attributes[edit.site.producer.units_attribute] = edit.new_width
-        producer.widen_outputs(edit)
-        for number, step in enumerate(edit.site.steps):
-            if getattr(step.layer, "variable_axes", None):
-                _work(work, step.layer).widen_channels(edit, number, step)
-    for edit in merged:
-        reads = [(leaf, node) for leaf in edit.site.leaves for node in leaf.consumers]
-        for consumer, (leaf, node) in enumerate(reads):
-            _work(work, node.operation).widen_inputs(edit, leaf, consumer)
+    for edit in merged.values():
+        for number, node in enumerate(edit.site.producers):
+            producer = _work(work, node.operation)
+            producer.attributes[node.operation.units_attribute] = edit.new_width
+            producer.widen_outputs(edit, number)
+    reached = {
+        id(item): item
+        for edit in merged.values()
+        for item in (
+            *(step.node for step in edit.site.steps),
+            *(node for leaf in edit.site.leaves for node in leaf.consumers),
+        )
+    }
+    for node in reached.values():
+        if isinstance(node.operation, Growable):
+            reader = _work(work, node.operation)
+            (reader.widen_inputs if node.mixing else reader.widen_channels)(widening, node)
     return [item.change() for item in work.values()]
+
+
+class _Widening:
+    """What a set of edits does to the last axis of every tensor.
+
+    Attributes:
+      edits: by index of the site's first producer.
+    """
+
+    def __init__(self, graph, edits: dict[int, WidthEdit]):
+        self.edits = edits
+        self._before = Flow(graph)
+        self._after = Flow(
+            graph,
+            {node.index: edit.new_width for edit in edits.values() for node in edit.site.producers},
+        )
+        self._parents = {owner: _source(_units(edit)) for owner, edit in edits.items()}
+
+    def axis(self, tensor: int, onto: Callable | None = None) -> _Axis:
+        """How the last axis of a tensor changes.
+
+        Args:
+          tensor: its id.
+          onto: for an axis of a variable that belongs to a layer reading the tensor: where channels
+            lie on it, given where they lie on the tensor.
+        """
+        sides = []
+        for flow in (self._before, self._after):
+            size = flow.sizes[tensor]
+            assert size is not None
+            owners = flow.at(tensor)
+            if onto is not None:
+                owners = {owner: onto(at) for owner, at in owners.items()}
+                size = onto(ChannelMap.identity(size)).size
+            sides.append((owners, size))
+        (before, old), (after, new) = sides
+        descent = descend(before, after, (old, new), self._parents)
+        return _Axis(before, descent)
+
+    def consumer_of(self, edit: WidthEdit, node: Node) -> int:
+        """The number of a node among the consumers of an edit's site."""
+        consumers = [n.index for leaf in edit.site.leaves for n in leaf.consumers]
+        return consumers.index(node.index)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Axis:
+    """An axis on which channels lie, before and after an edit."""
+
+    before: Owners
+    descent: Descent
+
+    @property
+    def size(self) -> int:
+        return len(self.descent.source)
 
 
 def _work(work: dict, layer) -> _LayerWork:
@@ -105,20 +185,20 @@ def _stand_ins(edit: WidthEdit) -> tuple[list[int], np.ndarray, np.ndarray]:
     return gone, shares, np.linalg.solve(among, offsets)
 
 
-def _fold(edit: WidthEdit, leaf: Leaf) -> tuple[np.ndarray, np.ndarray]:
+def _fold(edit: WidthEdit, place: ChannelMap) -> tuple[np.ndarray, np.ndarray]:
     """How the consumers' rows `[size]` of removed units are taken over by others.
 
     Returns:
-      `[size, size]`, by which the rows are multiplied, and `[size]`, the constant that stands in
-      for an input: what the rows make of it goes to the bias.
+      `[size, size]`, what is added to the rows' own part in the rows, and `[size]`, the constant
+      that stands in for an input: what the rows make of it goes to the bias.
     """
     gone, shares, offsets = _stand_ins(edit)
-    fold, constant = np.eye(leaf.channels.size), np.zeros(leaf.channels.size)
+    fold, constant = np.zeros((place.size, place.size)), np.zeros(place.size)
     for unit, share, offset in zip(gone, shares, offsets, strict=True):
-        mine = leaf.channels.index[unit]
+        mine = place.index[unit]
         constant[mine] = offset
         for other in np.flatnonzero(share):
-            fold[leaf.channels.index[other], mine] += share[other]
+            fold[place.index[other], mine] += share[other]
     return fold, constant
 
 
@@ -146,7 +226,7 @@ class _LayerWork:
             },
         )
 
-    def widen_outputs(self, edit: WidthEdit) -> None:
+    def widen_outputs(self, edit: WidthEdit, producer: int) -> None:
         units = _units(edit)
         source = _source(units)
         for name in self.values:
@@ -154,61 +234,82 @@ class _LayerWork:
             if axis is None:
                 continue
             old = np.moveaxis(self.values[name], axis, 0)
-            new = [old[u] if isinstance(u, int) else u.fan_in[name] for u in units]
+            theirs = parameter_name(name, producer)
+            new = [old[u] if isinstance(u, int) else u.fan_in[theirs] for u in units]
             self._put(name, axis, np.stack(new), source, _ones(units), _gradient_scales(units))
 
-    def widen_channels(self, edit: WidthEdit, number: int, step: Step) -> None:
-        units = _units(edit)
+    def widen_channels(self, widening: _Widening, node: Node) -> None:
+        view = channelwise_view(self.layer)
+        assert view is not None
         for name in self.values:
             axis = self.layer.variable_axes[name].channel
-            if axis is None:
-                continue
-            old = np.moveaxis(self.values[name], axis, 0)
-            arriving = channel_maps(edit.site, len(units))[step.source]
-            grown = step.view.variable_map(name, arriving)
-            before = step.view.variable_map(name, step.incoming)
-            new = np.empty((grown.size, *old.shape[1:]), dtype=old.dtype)
-            source = np.empty(grown.size, dtype=np.int64)
-            scale = np.empty(grown.size)
-            for row, unit in enumerate(units):
-                where = grown.index[row]
-                parent = unit if isinstance(unit, int) else unit.source
-                known = before.index[parent] if parent != NEWBORN else NEWBORN
-                source[where] = known
-                scale[where] = 1.0 if isinstance(unit, int) else unit.gradient_scale
-                if isinstance(unit, int):
-                    new[where] = old[known]
-                else:
-                    new[where] = np.moveaxis(unit.path[number][name], axis, 0)
-            self._put(name, axis, new, source, np.ones(grown.size), scale)
+            if axis is not None:
+                onto = functools.partial(view.variable_map, name)
+                self._widen_channel_axis(widening, node, name, axis, onto)
 
-    def widen_inputs(self, edit: WidthEdit, leaf: Leaf, consumer: int) -> None:
-        units = _units(edit)
+    def _widen_channel_axis(self, widening, node, name, axis, onto) -> None:
+        resized = widening.axis(node.inputs[0], onto)
+        source = resized.descent.source
+        old = np.moveaxis(self.values[name], axis, 0)
+        new, scale = old[np.maximum(source, 0)], np.ones(resized.size)
+        for owner, edit in widening.edits.items():
+            if owner not in resized.descent.places:
+                continue
+            number = [step.node for step in edit.site.steps].index(node)
+            for row, unit in enumerate(_units(edit)):
+                if isinstance(unit, NewUnit):
+                    where = resized.descent.places[owner].index[row]
+                    new[where] = np.moveaxis(unit.path[number][name], axis, 0)
+                    scale[where] = unit.gradient_scale
+        self._put(name, axis, new, source, np.ones(resized.size), scale)
+
+    def widen_inputs(self, widening: _Widening, node: Node) -> None:
         for name in self.values:
             axis = self.layer.variable_axes[name].fan_in
-            if axis is None:
+            if axis is not None:
+                self._widen_input_axis(widening, node, name, axis)
+
+    def _widen_input_axis(self, widening, node, name, axis) -> None:
+        resized = widening.axis(node.inputs[0])
+        source = resized.descent.source
+        old = np.moveaxis(self.values[name], axis, 0)
+        old, fold = self._folded(widening, resized, old)
+        share = np.ones(resized.size)
+        newborn: list[tuple[np.ndarray, np.ndarray]] = []
+        for owner, edit in widening.edits.items():
+            if owner not in resized.descent.places:
                 continue
-            old = np.moveaxis(self.values[name], axis, 0)
-            fold = None
-            if edit.removed:
-                fold, constant = _fold(edit, leaf)
-                self._absorb(np.tensordot(constant, old, axes=1))
-                old = np.tensordot(fold, old, axes=1)
-            grown = channel_maps(edit.site, len(units))[leaf.tensor]
-            new = np.zeros((grown.size, *old.shape[1:]), dtype=old.dtype)
-            source = np.full(grown.size, NEWBORN, dtype=np.int64)
-            share = np.ones(grown.size)
-            for row, unit in enumerate(units):
-                where = grown.index[row]
-                if not isinstance(unit, int) and unit.source == NEWBORN:
-                    new[where] = self._newborn_rows(unit.fan_out[consumer], name, axis)
-                    continue
-                known = leaf.channels.index[unit if isinstance(unit, int) else unit.source]
-                source[where] = known
-                share[where] = 1.0 if isinstance(unit, int) else unit.fan_out[consumer]
-                new[where] = old[known] * share[where[0]]
-            ones = np.ones(grown.size)
-            self._put(name, axis, new, source, share, ones, newborn_zero=True, fold=fold)
+            consumer = widening.consumer_of(edit, node)
+            for row, unit in enumerate(_units(edit)):
+                where = resized.descent.places[owner].index[row]
+                if isinstance(unit, NewUnit) and unit.source == NEWBORN:
+                    newborn.append((where, unit.fan_out[consumer]))
+                elif isinstance(unit, NewUnit):
+                    share[where] = unit.fan_out[consumer]
+        known = (source != NEWBORN).reshape(-1, *[1] * (old.ndim - 1))
+        new = np.where(known, old[np.maximum(source, 0)] * share.reshape(known.shape), 0.0)
+        new = new.astype(old.dtype)
+        for where, rows in newborn:
+            new[where] = self._newborn_rows(rows, name, axis)
+        ones = np.ones(resized.size)
+        self._put(name, axis, new, source, share, ones, newborn_zero=True, fold=fold)
+
+    def _folded(self, widening: _Widening, resized: _Axis, old: np.ndarray):
+        """Rows after those of removed units were taken over by others, and how they were."""
+        removing = {
+            owner: edit
+            for owner, edit in widening.edits.items()
+            if edit.removed and owner in resized.before
+        }
+        if not removing:
+            return old, None
+        fold = np.eye(len(old))
+        constant = np.zeros(len(old))
+        for owner, edit in removing.items():
+            more, offsets = _fold(edit, resized.before[owner])
+            fold, constant = fold + more, constant + offsets
+        self._absorb(np.tensordot(constant, old, axes=1))
+        return np.tensordot(fold, old, axes=1).astype(old.dtype), fold
 
     def _absorb(self, constant: np.ndarray) -> None:
         """Adds to the bias what a constant input makes, `[..., outputs]` by tap."""
