@@ -194,7 +194,7 @@ class Growth(keras.callbacks.Callback):
                 "data=(x_train, y_train)."
             )
         sites = find_sites(self.model)
-        if all(site.blocked for site in sites):
+        if not self.oracle.open_sites(sites):
             reasons = "; ".join(f"{site.name}: {site.blocked}" for site in sites)
             raise ValueError(f"Nothing in model '{self.model.name}' can grow. {reasons}")
         self.oracle.check(self.model, self.data)

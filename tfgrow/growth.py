@@ -173,12 +173,14 @@ def checked(model: keras.Model, candidates: Sequence[Candidate] | Candidate) -> 
 
 def _check_thetas(chosen: Sequence[Candidate]) -> None:
     """Raises ValueError for parameters that are not finite, or of shapes they never had."""
-    shapes: dict[tuple[str, str], dict[str, tuple]] = {}
+    shapes: dict[tuple, dict[str, tuple]] = {}
     for candidate in chosen:
-        kind = (candidate.site.name, candidate.morphism)
+        morphism = get(candidate.morphism)
+        kind = (candidate.site.name, candidate.morphism, morphism.group_key(candidate))
         if kind not in shapes:
-            fresh = get(candidate.morphism).candidates(candidate.site, new_units=1, seed=0)[0]
-            shapes[kind] = {name: np.shape(value) for name, value in fresh.theta.items()}
+            every = morphism.candidates(candidate.site, new_units=1, seed=0)
+            like = next(c for c in every if morphism.group_key(c) == kind[2])
+            shapes[kind] = {name: np.shape(value) for name, value in like.theta.items()}
         for name, shape in shapes[kind].items():
             value = np.asarray(candidate.theta.get(name))
             if value.shape != shape or not np.isfinite(value).all():

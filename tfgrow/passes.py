@@ -14,15 +14,12 @@ import tensorflow as tf
 from tfgrow.capture.capture import Capture, Head, capture, observe, push_forward
 from tfgrow.curvature.columns import weigh_columns, weigh_values
 from tfgrow.curvature.loss_head import LossHead
-from tfgrow.curvature.normal import add_sums, scale_sums
+from tfgrow.curvature.normal import LEARNING_DAMPING, add_sums, scale_sums
 from tfgrow.graph.nodes import Graph
-from tfgrow.morphisms.base import Group, perturb_all, scalars_of
+from tfgrow.morphisms.base import Group, perturb_all
 
 FORGET = 0.9
 """How much of the earlier batches' normal equations each learning step keeps."""
-
-LEARNING_DAMPING = 0.3
-"""Relative damping of the closed forms while learning; halves of the data choose the final one."""
 
 Arrays = Mapping[str, Any]
 
@@ -114,10 +111,14 @@ class Passes:
           loss where nothing moves.
         """
         captured = self.capture(batch, seed, _taps(groups))
+        solved = [
+            _solved(group, old) if group.morphism.perturbs_by_solved else {}
+            for group, old in zip(groups, sums, strict=True)
+        ]
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             vector = adam[0]
             tape.watch(vector)
-            thetas = parameters.unpack(vector)
+            thetas = [a | b for a, b in zip(parameters.unpack(vector), solved, strict=True)]
             perturbed = perturb_all(captured, groups, thetas, fresh=True)
         loss = self._sum_of_losses(batch, captured)
         new, kept = _equations(captured, groups, perturbed, sums, loss)
@@ -127,7 +128,9 @@ class Passes:
         def improve():
             mine = [groups[row] for row in learning]
             effects = [perturbed[row] for row in learning]
-            whole = [{**thetas[row], **_solved(groups[row], kept[row])} for row in learning]
+            whole = [
+                thetas[row] | (solved[row] or _solved(groups[row], kept[row])) for row in learning
+            ]
             covectors = _covectors(captured, mine, whole, effects)
             total, slopes = objective(mine, covectors, effects)
             values = [effect.values for effect in effects]
@@ -222,7 +225,7 @@ def _covectors(captured, groups, thetas, perturbed) -> list[dict[int, Any]]:
 
 def _scalars(groups, covectors, perturbed) -> list:
     return [
-        scalars_of(group, mine, effect)
+        group.morphism.scalars(group, mine, effect)
         for group, mine, effect in zip(groups, covectors, perturbed, strict=True)
     ]
 
@@ -242,12 +245,7 @@ def objective(groups, covectors, perturbed):
     ):
         weights = first + (1.0 - first) * scalars
         total += 0.5 * tf.reduce_sum((first + weights) * scalars)
-        slopes.append(
-            {
-                leaf: tf.reduce_sum(group.path.spread(leaf, weights, len(c.shape)) * c, axis=0)
-                for leaf, c in mine.items()
-            }
-        )
+        slopes.append(group.morphism.slopes(group, weights, mine))
     return total, slopes
 
 

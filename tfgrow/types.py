@@ -165,6 +165,39 @@ class WidthEdit:
         return self.site.units + len(self.appended) - len(self.removed)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class KernelEdit:
+    """A convolution's kernel becomes larger, around the one it has.
+
+    Attributes:
+      site: the site that the convolution is a producer of.
+      producer: its number among the site's producers.
+      attributes: config attributes to set.
+      offset: where the old kernel begins in the new one, per spatial axis.
+      ring: the new kernel `[*kernel_size, in, out]`, of which the part taken by the old one counts
+        for nothing.
+    """
+
+    site: Any
+    producer: int
+    attributes: Mapping[str, Any]
+    offset: tuple[int, ...]
+    ring: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Demand:
+    """What an edit brings that costs something.
+
+    Attributes:
+      units: units added to its site; negative if it takes some away.
+      kernels: layer name -> its new `kernel_size`.
+    """
+
+    units: int = 0
+    kernels: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+
+
 @dataclasses.dataclass(frozen=True)
 class Cost:
     """What an edit costs: parameters, trainable or not, and inference FLOPs per sample."""

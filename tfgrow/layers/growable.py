@@ -51,6 +51,21 @@ class Moments:
     variance: Any
 
 
+@dataclasses.dataclass(frozen=True)
+class Enlargement:
+    """A larger kernel of a convolution.
+
+    Attributes:
+      kernel_size: its size.
+      offset: per spatial axis, where the old kernel begins in it.
+      attributes: config attributes that change.
+    """
+
+    kernel_size: tuple[int, ...]
+    offset: tuple[int, ...]
+    attributes: Mapping[str, Any]
+
+
 class Growable(_Base):
     """Interface of a layer that can grow. Subclass `Mixing` or `Channelwise`, not this.
 
@@ -137,6 +152,19 @@ class Mixing(Growable):
 
         With a kernel reshaped to `[T, c, O]`, `linear` is the contraction of both over `T` and `c`.
         """
+        raise NotImplementedError
+
+    def enlargement(self, input_shape) -> Enlargement | str:
+        """The next larger kernel that leaves the output's shape alone, or why there is none."""
+        del input_shape
+        return f"layer '{self.name}' ({type(self).__name__}) has no kernel that can become larger"
+
+    def linear_enlarged(self, inputs, kernel):
+        """The response to a kernel of the larger size, without bias."""
+        raise NotImplementedError
+
+    def unfold_enlarged(self, inputs, kernel_size):
+        """`unfold` for a kernel of the larger size."""
         raise NotImplementedError
 
     def flops_per_weight(self, output_shape) -> int:

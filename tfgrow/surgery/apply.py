@@ -1,4 +1,4 @@
-"""Width edits, applied to a live model: all of them or none."""
+"""Edits, applied to a live model: all of them or none."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import keras
 from tfgrow.graph import versions
 from tfgrow.surgery import transaction
 from tfgrow.surgery.weights import layer_changes
-from tfgrow.types import LayerChange, WidthEdit
+from tfgrow.types import KernelEdit, LayerChange, WidthEdit
 
 
-def apply_edits(model: keras.Model, edits: Sequence[WidthEdit]) -> list[LayerChange]:
+def apply_edits(model: keras.Model, edits: Sequence[WidthEdit | KernelEdit]) -> list[LayerChange]:
     """Edits the model object in place; optimizer slots follow channel by channel.
 
     Args:
       model: a built growable model, compiled or not, inside or outside `fit`.
-      edits: width edits of its sites.
+      edits: of its sites.
 
     Returns:
       What was changed, by layer.
