@@ -129,12 +129,12 @@ class _Twins:
         return self._pairs[id(layer)][1]
 
     def operation(self, operation, prefix: str):
-        """A Keras operation, or a copy by another name where its own would stand twice."""
-        if not prefix or operation.name not in self._ambiguous:
-            return operation
+        """A copy of a Keras operation, by another name where its own would stand twice."""
         if id(operation) not in self._operations:
-            name = self._free_name(operation, prefix)
-            self._operations[id(operation)] = _from_config(_copy, operation, name=name)
+            changes = {}
+            if prefix and operation.name in self._ambiguous:
+                changes["name"] = self._free_name(operation, prefix)
+            self._operations[id(operation)] = _copied_operation(operation, changes)
         return self._operations[id(operation)]
 
     def _free_name(self, operation, prefix: str) -> str:
@@ -152,6 +152,16 @@ class _Twins:
     def pairs(self) -> list[tuple]:
         """Every old layer with its twin."""
         return list(self._pairs.values())
+
+
+def _copied_operation(operation, changes):
+    """The operation itself where it can't be described and needs no other name."""
+    try:
+        return _from_config(_copy, operation, **changes)
+    except ValueError:
+        if changes:
+            raise
+        return operation
 
 
 def _copy(layer, **changes):
