@@ -26,6 +26,30 @@ def calls_of(functional: Any) -> Iterator[Any]:
         yield from (call for call in functional._nodes_by_depth[depth] if not call.is_input)
 
 
+def calls_behind(tensor: Any, known: set[int]) -> list[Any]:
+    """The calls that made a symbolic tensor, producers before consumers.
+
+    Args:
+      tensor: the tensor.
+      known: ids of the tensors at which to stop.
+    """
+    calls: list[Any] = []
+    visited = set()
+
+    def visit(tensor: Any) -> None:
+        operation, index, _ = tensor._keras_history
+        if id(tensor) in known or (id(operation), index) in visited:
+            return
+        visited.add((id(operation), index))
+        call = operation._inbound_nodes[index]
+        for read in call.input_tensors:
+            visit(read)
+        calls.append(call)
+
+    visit(tensor)
+    return calls
+
+
 def called_by_others(model: keras.Model) -> bool:
     """Whether a model was called on symbolic tensors, and so is a part of another graph."""
     return bool(model._inbound_nodes)
@@ -44,6 +68,11 @@ def layers_within(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
 def optimizer_weights(optimizer: keras.optimizers.Optimizer) -> list[keras.Variable]:
     """The weights that a built optimizer was built on; its slot lists follow this order."""
     return list(optimizer._trainable_variables)
+
+
+def own_variables(optimizer: keras.optimizers.Optimizer) -> list[keras.Variable]:
+    """An optimizer's variables in the order of files, without those of one that it wraps."""
+    return list(optimizer._variables)
 
 
 def trusting_configs() -> AbstractContextManager:
