@@ -129,6 +129,9 @@ def test_kinds_of_layers_follow_those_that_made_the_channels():
         new = model.get_layer(f"deepen_{after}")
         assert type(new) is kind
         assert getattr(new, "padding", None) == padding
+    stock = by_name("conv1d_causal").stock()
+    tfgrow.deepen(stock, "relu")  # past a stock BatchNormalization
+    assert stock.get_layer("deepen_relu").padding == "causal"
 
 
 def test_regularizers_and_policies_are_those_of_the_neighbours():

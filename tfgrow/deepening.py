@@ -16,7 +16,7 @@ from tfgrow.layers import registry
 from tfgrow.layers.activations import is_elementwise
 from tfgrow.layers.conv import Conv1D, Conv2D, Conv3D
 from tfgrow.layers.dense import Dense
-from tfgrow.layers.growable import live_config
+from tfgrow.layers.growable import Channelwise, live_config
 from tfgrow.surgery.insert import Place, add_branch, free_name, insert_after
 from tfgrow.types import GrowthEvent
 
@@ -31,7 +31,8 @@ def deepen(model: keras.Model, after: str, kind: str = "auto", seed: int = 0) ->
     The same Python object gets the layer, inside or outside `fit`, with the optimizer's state, all
     or nothing. On feature vectors it is a `Dense`, on images a 3x3 `Conv2D`, and so on, of as many
     units as there are channels; they are growable. Models that were made of the same symbolic
-    tensors before (feature extractors) have to be made anew.
+    tensors before (feature extractors) have to be made anew, and weights that a callback kept from
+    before (`EarlyStopping(restore_best_weights=True)`) do not fit any more.
 
     Args:
       model: a built Functional or Sequential model, usually a growable one.
@@ -141,9 +142,14 @@ def _nearest_mixing(place: Place) -> Any:
         operation = node.operation
         if isinstance(operation, (layers.Dense, *_CONVOLUTIONS)):
             return operation
-        if getattr(operation, "weights", None) and registry.channelwise_view(operation) is None:
+        if getattr(operation, "weights", None) and not _is_channelwise(operation):
             return None
     return None
+
+
+def _is_channelwise(layer: Any) -> bool:
+    """Whether a layer is a channelwise one, or would be after `tfgrow.convert`."""
+    return issubclass(registry.growable_class(layer) or type(layer), Channelwise)
 
 
 _CONVOLUTIONS = (layers.Conv1D, layers.Conv2D, layers.Conv3D)

@@ -578,6 +578,12 @@ def test_losses_by_the_name_of_an_output_are_not_lost():
     with pytest.raises(ValueError, match="loss for the output named 'right'"):
         insert_after(model, "right", dense())
     insert_after(model, "left2", dense())
+    named = keras.Model(model.input, dict(zip(("out", "right"), model.outputs, strict=True)))
+    named.compile("sgd", loss={"out": "mse", "right": "mae"})
+    insert_after(named, "right", dense(name="last"))
+    x, y = vectors()
+    targets = dict(zip(("out", "right"), y, strict=True))
+    assert {"out_loss", "right_loss"} < named.fit(x, targets, verbose=0).history.keys()
 
 
 def test_unknown_optimizers_are_refused_before_anything_is_touched():

@@ -272,7 +272,8 @@ def _no_branches(model: keras.Sequential) -> str:
 
 def _check_named_outputs(place: Place) -> None:
     """Losses and metrics by the name of an output layer would not be found when it changes."""
-    if not (place.is_output and place.model.compiled):
+    named = isinstance(functional_of(place.model).output, dict)  # by keys of their own
+    if named or not (place.is_output and place.model.compiled):
         return
     name = place.operation.name
     for argument, value in compile_arguments(place.model).items():

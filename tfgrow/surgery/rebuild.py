@@ -252,9 +252,10 @@ def put_calls_first(model: keras.Sequential) -> None:
     first: those would go past what is inserted.
     """
     graph: Any = _functional(model)
+    own = _calls(graph)
     for operation in graph.operations:
         calls = operation._inbound_nodes
-        run = [call for call in _calls(graph) if call.operation is operation]
+        run = [call for call in own if call.operation is operation]
         calls[:] = [*run, *(call for call in calls if call not in run)]
         for index, call in enumerate(calls):
             for tensor in call.outputs:
