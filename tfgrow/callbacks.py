@@ -26,8 +26,8 @@ from tfgrow.measure import real_loss
 from tfgrow.oracle.base import GrowthOracle
 from tfgrow.oracle.guard import ALPHAS, Outcome, commit
 from tfgrow.peer_callbacks import carry_over
-from tfgrow.surgery.apply import growth_transaction
 from tfgrow.surgery.optimizer import check_optimizer
+from tfgrow.surgery.transaction import growth_transaction
 from tfgrow.types import GrowthEvent, Plan
 
 _NO_MODEL = {"_due": False, "_epochs_done": 0, "_trained": None, "_peers": (), "_newborn": None}

@@ -15,8 +15,8 @@ from tfgrow.graph.nodes import functional_of, trace
 from tfgrow.graph.sites import find_sites
 from tfgrow.morphisms.base import Candidate
 from tfgrow.morphisms.prune import copies_of
+from tfgrow.morphisms.registry import apart, check_current, get
 from tfgrow.morphisms.registry import candidates as make_candidates
-from tfgrow.morphisms.registry import check_current, get
 from tfgrow.surgery.apply import apply_edits
 from tfgrow.types import GrowthEvent
 
@@ -168,7 +168,18 @@ def checked(model: keras.Model, candidates: Sequence[Candidate] | Candidate) -> 
         site, morphism, unit = repeated[0]
         raise ValueError(f"The {morphism} of unit {unit} of site '{site}' is given twice.")
     _check_thetas(chosen)
+    _check_apart(chosen)
     return chosen
+
+
+def _check_apart(chosen: Sequence[Candidate]) -> None:
+    """Raises ValueError for candidates that can't be applied at once."""
+    clashes = apart(chosen)
+    for row, column in np.argwhere(clashes):
+        raise ValueError(
+            f"{chosen[row]!r} and {chosen[column]!r} can't be applied at once: a new branch is "
+            "made for the channels that are there. Apply one, then make candidates anew."
+        )
 
 
 def _check_thetas(chosen: Sequence[Candidate]) -> None:
@@ -218,9 +229,12 @@ def widths_of(model: keras.Model) -> dict[str, int]:
 
 
 def widths_changed(before: Mapping[str, int], model: keras.Model) -> dict[str, tuple[int, int]]:
-    """Site name -> (units before, units now) where they differ; `before` is from `widths_of`."""
-    now = widths_of(model)
-    return {name: (before[name], units) for name, units in now.items() if units != before[name]}
+    """Site name -> (units before, units now) where they differ; `before` is from `widths_of`.
+
+    Sites of layers that are new had none.
+    """
+    now = {name: (before.get(name, 0), units) for name, units in widths_of(model).items()}
+    return {name: pair for name, pair in now.items() if pair[0] != pair[1]}
 
 
 def size_of(model: keras.Model) -> tuple[int, int]:

@@ -23,8 +23,8 @@ from tests.surgery.hand_made import (
 from tfgrow.graph.versions import version_of
 from tfgrow.surgery import insert, rebuild
 from tfgrow.surgery import optimizer as slots
-from tfgrow.surgery.apply import growth_transaction
 from tfgrow.surgery.insert import add_branch, insert_after
+from tfgrow.surgery.transaction import growth_transaction
 
 layers = keras.layers
 

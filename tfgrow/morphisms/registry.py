@@ -5,21 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import keras
+import numpy as np
 
 from tfgrow._checks import require_whole
+from tfgrow.graph.channels import Flow
 from tfgrow.graph.cost import CostModel
 from tfgrow.graph.nodes import trace
 from tfgrow.graph.sites import Site, sites_of
 from tfgrow.graph.versions import version_of
 from tfgrow.morphisms.add import Add
 from tfgrow.morphisms.base import Candidate, Group, Morphism
+from tfgrow.morphisms.deepen import Deepen
 from tfgrow.morphisms.enlarge_kernel import EnlargeKernel
 from tfgrow.morphisms.prune import Prune
+from tfgrow.morphisms.skip import Skip
 from tfgrow.morphisms.split import Split
 from tfgrow.types import Cost
 
 MORPHISMS: dict[str, Morphism] = {
-    morphism.name: morphism for morphism in (Split(), Add(), Prune(), EnlargeKernel())
+    morphism.name: morphism
+    for morphism in (Split(), Add(), Prune(), EnlargeKernel(), Deepen(), Skip())
 }
 
 
@@ -100,11 +105,35 @@ def joint_cost(costs: CostModel, chosen: Iterable[Candidate]) -> Cost:
     """What a set of candidates costs together: edits of neighbouring layers multiply."""
     units: dict[str, int] = {}
     kernels: dict[str, tuple[int, ...]] = {}
+    params = flops = 0
     for candidate in chosen:
         demand = get(candidate.morphism).demand(candidate)
         units[candidate.site.name] = units.get(candidate.site.name, 0) + demand.units
         kernels.update(demand.kernels)
-    return costs.extra(units, kernels)
+        params, flops = params + demand.more.params, flops + demand.more.flops
+    wider = costs.extra(units, kernels)
+    return Cost(wider.params + params, wider.flops + flops)
+
+
+def apart(chosen: Sequence[Candidate]) -> np.ndarray:
+    """Which candidates can't be applied at once: one needs the channels that another changes.
+
+    Returns:
+      Bool `[n, n]`, symmetric.
+    """
+    demands = [get(candidate.morphism).demand(candidate) for candidate in chosen]
+    clashes = np.zeros((len(chosen), len(chosen)), dtype=bool)
+    if not any(demand.fixed for demand in demands):
+        return clashes
+    flow = Flow(chosen[0].site.graph)
+    for row, demand in enumerate(demands):
+        held = {owner for tensor in demand.fixed for owner in flow.at(tensor)}
+        for column, (other, theirs) in enumerate(zip(chosen, demands, strict=True)):
+            changes = theirs.units and flow.root(other.site.producers[0].index) in held
+            ends = row != column and set(demand.fixed[-1:]) & set(theirs.fixed[-1:])
+            if changes or ends:
+                clashes[row, column] = clashes[column, row] = True
+    return clashes
 
 
 def open_sites(every: Iterable[Site], kinds: Sequence[Morphism]) -> list[Site]:

@@ -19,8 +19,8 @@ from tfgrow.graph.cost import CostModel
 from tfgrow.graph.nodes import trace
 from tfgrow.graph.sites import Site, sites_of
 from tfgrow.morphisms.base import Candidate
+from tfgrow.morphisms.registry import apart, get, joint_cost, open_sites, several
 from tfgrow.morphisms.registry import candidates as make_candidates
-from tfgrow.morphisms.registry import get, joint_cost, open_sites, several
 from tfgrow.oracle.base import GrowthOracle
 from tfgrow.oracle.data import GrowthData, check_size, split_data
 from tfgrow.oracle.selection import Group, Limits, select
@@ -159,7 +159,7 @@ class GaussNewtonOracle(GrowthOracle):
             cost_of=lambda chosen: joint_cost(costs, [learned[i] for i in chosen]),
             limits=limits,
             tie_break_seed=seed,
-            conflicts=_conflicts(learned) if self._removes else None,
+            conflicts=_conflicts(learned),
         )
         clock.lap("select")
         chosen = tuple(learned[i] for i in selection.indices)
@@ -244,9 +244,12 @@ def _group(candidate: Candidate) -> Group:
     )
 
 
-def _conflicts(candidates: Sequence[Candidate]) -> np.ndarray:
-    """Removals of one site, one of which would stand in for the other: bool `[n, n]`."""
-    conflicts = np.zeros((len(candidates), len(candidates)), dtype=bool)
+def _conflicts(candidates: Sequence[Candidate]) -> np.ndarray | None:
+    """Candidates that can't be applied at once, bool `[n, n]`; None if there are none.
+
+    Removals of one site, one of which would stand in for the other, are among them.
+    """
+    conflicts = apart(candidates)
     by_site: dict[str, list[int]] = {}
     for row, candidate in enumerate(candidates):
         if get(candidate.morphism).units < 0:
@@ -255,7 +258,7 @@ def _conflicts(candidates: Sequence[Candidate]) -> np.ndarray:
         units = [candidates[row].unit for row in rows]
         shares = np.abs([candidates[row].theta["share"][units] for row in rows])
         conflicts[np.ix_(rows, rows)] = (shares > STANDS_IN) | (shares.T > STANDS_IN)
-    return conflicts
+    return conflicts if conflicts.any() else None
 
 
 def _fits(cost: Cost, limits: Limits) -> bool:

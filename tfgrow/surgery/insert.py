@@ -17,7 +17,7 @@ from tfgrow._keras import called_by_others, calls_behind, compile_arguments
 from tfgrow.graph import versions
 from tfgrow.graph.nodes import Graph, functional_of, trace
 from tfgrow.surgery import optimizer, rebuild
-from tfgrow.surgery.apply import growth_transaction
+from tfgrow.surgery.transaction import growth_transaction
 
 Build = Callable[[keras.KerasTensor], keras.KerasTensor]
 
