@@ -52,7 +52,7 @@ class CostModel:
         for layer, extra, shape in self._layers.values():
             sizes = {name: _size(layer, name, terms, units) for name, terms in extra.items()}
             params += sum(sizes.values())
-            flops += sizes.get("kernel", 0) * _flops_per_weight(layer, shape)
+            flops += sizes.get(layer.kernel_name, 0) * _flops_per_weight(layer, shape)
         return Cost(params, flops)
 
 

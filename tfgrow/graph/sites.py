@@ -17,6 +17,7 @@ from tfgrow.graph.nodes import Graph, Node, trace
 from tfgrow.graph.versions import version_of
 from tfgrow.layers import registry
 from tfgrow.layers.growable import Channelwise, Mixing
+from tfgrow.layers.unsupported import unsupported
 from tfgrow.types import ChannelMap
 
 
@@ -211,6 +212,8 @@ def _unknown_producer(layer) -> str:
             f"layer '{layer.name}' is a stock {kind}; make the model growable with "
             "tfgrow.convert(model)"
         )
+    if known := unsupported(layer):
+        return f"layer '{layer.name}' ({kind}), {known}"
     return (
         f"layer '{layer.name}' ({kind}) has weights that tfgrow doesn't know how to widen; "
         "subclass tfgrow.layers.Mixing to teach it"
@@ -258,7 +261,7 @@ def _add_consumer(leaves, tensor, channels, node) -> None:
 def _check_consumer(graph: Graph, node: Node, producer) -> None:
     consumer = node.operation
     _check_called_once(graph, consumer)
-    reason = registry.blocked_reason(consumer)
+    reason = registry.consumer_blocked(consumer)
     if reason:
         raise _Blocked(f"the channels of '{producer.name}' reach a blocked consumer: {reason}")
     if not consumer.trainable:
@@ -282,11 +285,12 @@ def _step(graph: Graph, node: Node, tensor: int, channels: ChannelMap, producer)
             f"the channels of '{producer.name}' reach '{node.name}' ({type(layer).__name__}), "
             + _why_not_channelwise(layer)
         )
-    if layer.weights:  # what has none may be called as often as one likes
-        _check_called_once(graph, layer)
     reason = registry.blocked_reason(layer)
     if reason:
         raise _Blocked(f"on the path of '{producer.name}': {reason}")
+    # What has neither weights nor a shape to adapt may be called as often as one likes.
+    if getattr(layer, "weights", None) or view.resized_attributes(channels.size):
+        _check_called_once(graph, layer)
     shape = tuple(graph.tensors[tensor].shape)
     output_shape = graph.tensors[node.outputs[0]].shape
     if len(output_shape) < len(shape) and None in shape[1:] and _flattens(view, channels, shape):
@@ -307,10 +311,8 @@ def _why_not_channelwise(layer) -> str:
         "Add", "Subtract", "Multiply", "Average", "Maximum", "Minimum", "Concatenate", "Dot",
     ):  # fmt: skip
         return "which ties them to the channels of other layers"
-    if isinstance(layer, keras.Model):
-        return (
-            "a nested model; tfgrow.convert(model) inlines nested Functional and Sequential models"
-        )
+    if known := unsupported(layer):
+        return known
     if registry.growable_class(layer) is not None:
         return "a stock layer; make the model growable with tfgrow.convert(model)"
     return "which mixes channels or is unknown to tfgrow"

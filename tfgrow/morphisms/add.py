@@ -34,7 +34,7 @@ from tfgrow.morphisms.path_state import (
     stacked_path_variables,
     state_moments,
 )
-from tfgrow.morphisms.weights import consumer_kernel, fan_in_weights, unit_scale
+from tfgrow.morphisms.weights import fan_in_weights, unit_scale
 from tfgrow.types import NEWBORN, Cost, NewUnit, WidthEdit
 
 DENSE_LIMIT = 600
@@ -45,19 +45,18 @@ class Add(Morphism):
     """Adds one unit. See the module's docstring."""
 
     name = "add"
-    learned = ("kernel", "bias")
     solved = ("phi",)
     edits_unit = False
 
     def candidates(self, site, *, new_units, seed):
         rng = np.random.default_rng([seed, 1, *site.name.encode()])
         weights = fan_in_weights(site.producer)
+        kernel = site.producer.kernel_name
         size = float(np.sqrt(np.mean(unit_scale(site) ** 2)))
         found = []
         for number in range(new_units):
-            theta = {"kernel": size * rng.standard_normal(weights["kernel"].shape[1:])}
-            if "bias" in weights:
-                theta["bias"] = np.zeros(())
+            theta = {name: np.zeros(value.shape[1:]) for name, value in weights.items()}
+            theta[kernel] = size * rng.standard_normal(theta[kernel].shape)
             for index, shape in enumerate(_phi_shapes(site)):
                 theta[f"phi/{index}"] = np.zeros(shape)
             theta = {name: value.astype("float32") for name, value in theta.items()}
@@ -70,7 +69,7 @@ class Add(Morphism):
 
     def scale(self, site, units):
         size = np.full(len(units), np.sqrt(np.mean(unit_scale(site) ** 2)), dtype="float32")
-        return {"kernel": size, "bias": size}
+        return dict.fromkeys(site.producer.growable_variables(), size)
 
     def perturb(self, capture, group, theta, response, fresh):
         del capture
@@ -173,8 +172,7 @@ def _phi_shapes(site) -> list[tuple[int, int, int]]:
     """`(T, B, O)` per consumer."""
     shapes = []
     for leaf, node in _reads(site):
-        kernel = node.operation.growable_variables()["kernel"]
-        taps = int(np.prod(kernel.shape[:-2], dtype=np.int64))
+        taps = int(np.prod(node.operation.kernel_spatial, dtype=np.int64))
         shapes.append((taps, leaf.channels.blocks, node.operation.growth_units))
     return shapes
 
@@ -201,7 +199,7 @@ def _group_kernel(group, leaf, node, phi):
     rows = tf.transpose(phi, (1, 0, 2, 3))
     taps, outputs = phi.shape[1], phi.shape[3]
     rows = take(tf.reshape(rows, (taps, -1, outputs)), order, axis=1)
-    return consumer_kernel(node.operation, rows)
+    return node.operation.kernel_from_rows(rows)
 
 
 def _pull_back(layer, value, kernel, cotangents):

@@ -82,6 +82,11 @@ class Group:
         self.static = {k: v for k, v in stacked.items() if v.dtype.kind == "i"}
         self.theta = {k: v for k, v in stacked.items() if v.dtype.kind == "f"}
 
+    @property
+    def learned(self) -> tuple[str, ...]:
+        """The names of theta that are improved by gradient."""
+        return tuple(self.scales)
+
 
 def perturb_all(
     capture: Capture, groups: Sequence[Group], thetas: Sequence[Theta], fresh: bool
@@ -165,8 +170,7 @@ class Morphism:
 
     Attributes:
       name: by which users and journals know it.
-      learned: the names of theta that are improved by gradient.
-      solved: the names of theta that have a closed form, given the learned ones.
+      solved: the names of theta that have a closed form, given those improved by gradient.
       reads_producer: whether theta holds incoming weights, under the names of the producer's own
         variables, to which `perturb` is given the response.
       edits_unit: whether a candidate edits the old unit it names, so that two such candidates
@@ -175,7 +179,6 @@ class Morphism:
     """
 
     name: ClassVar[str]
-    learned: ClassVar[tuple[str, ...]]
     solved: ClassVar[tuple[str, ...]] = ()
     reads_producer: ClassVar[bool] = True
     edits_unit: ClassVar[bool] = True
@@ -190,7 +193,10 @@ class Morphism:
         raise NotImplementedError
 
     def scale(self, site: Site, units: np.ndarray) -> dict[str, np.ndarray]:
-        """Natural size of the entries of each learned parameter, `[n]`: the unit of a step."""
+        """Natural size of the entries of each learned parameter, `[n]`: the unit of a step.
+
+        Its names are those of theta that are improved by gradient.
+        """
         raise NotImplementedError
 
     def perturb(

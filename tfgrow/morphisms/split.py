@@ -34,18 +34,16 @@ class Split(AtInputs):
     """Splits one unit into two. See the module's docstring."""
 
     name = "split"
-    learned = ("kernel", "bias")
 
     def candidates(self, site, *, new_units, seed):
         del new_units
         rng = np.random.default_rng([seed, *site.name.encode()])
         scale = START * unit_scale(site)
         weights = fan_in_weights(site.producer)
-        start = rng.standard_normal(weights["kernel"].shape).astype("float32")
+        kernel = site.producer.kernel_name
+        start = rng.standard_normal(weights[kernel].shape).astype("float32")
         start *= scale.reshape(-1, *[1] * (start.ndim - 1))
-        theta = {"kernel": start}
-        if "bias" in weights:
-            theta["bias"] = np.zeros_like(weights["bias"])
+        theta = {name: np.zeros_like(value) for name, value in weights.items()} | {kernel: start}
         return [
             Candidate(site, self.name, unit, {k: v[unit] for k, v in theta.items()}, {}, Cost())
             for unit in range(site.units)
@@ -53,7 +51,7 @@ class Split(AtInputs):
 
     def scale(self, site, units):
         size = unit_scale(site)[units]
-        return {"kernel": size, "bias": size}
+        return dict.fromkeys(site.producer.growable_variables(), size)
 
     def perturb(self, capture, group, theta, response, fresh):
         del theta

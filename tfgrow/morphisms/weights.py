@@ -46,14 +46,7 @@ def out_axis(layer: Mixing, name: str) -> int:
 
 def unit_scale(site: Site) -> np.ndarray:
     """Root mean square `[units]` of each unit's kernel; the site's own where a unit's is zero."""
-    kernel = fan_in_weights(site.producer)["kernel"]
+    kernel = fan_in_weights(site.producer)[site.producer.kernel_name]
     rms = np.sqrt(np.mean(kernel.reshape(len(kernel), -1) ** 2, axis=1))
     typical = rms[rms > 0].mean() if (rms > 0).any() else 1.0 / np.sqrt(kernel[0].size)
     return np.where(rms > 0, rms, typical).astype("float32")
-
-
-def consumer_kernel(layer: Mixing, rows):
-    """Rows `[T, c, O]` of a consumer's kernel in the layer's layout `[..., c, O]`."""
-    kernel = layer.growable_variables()["kernel"]
-    spatial = kernel.shape[:-2]
-    return tf.reshape(rows, (*spatial, rows.shape[-2], kernel.shape[-1]))

@@ -62,11 +62,14 @@ def layer_changes(edits: Sequence[WidthEdit]) -> list[LayerChange]:
     merged = merge_edits(edits)
     for edit in merged:
         producer = _work(work, edit.site.producer)
-        producer.attributes[edit.site.producer.units_attribute] = edit.new_width
+        producer.attributes.update(edit.site.producer.width_attributes(edit.new_width))
         producer.widen_outputs(edit)
         for number, step in enumerate(edit.site.steps):
             if getattr(step.layer, "variable_axes", None):
                 _work(work, step.layer).widen_channels(edit, number, step)
+            arriving = channel_maps(edit.site, edit.new_width)[step.source].size
+            if attributes := step.view.resized_attributes(arriving):
+                _work(work, step.layer).attributes.update(attributes)
     for edit in merged:
         reads = [(leaf, node) for leaf in edit.site.leaves for node in leaf.consumers]
         for consumer, (leaf, node) in enumerate(reads):
@@ -130,7 +133,7 @@ class _LayerWork:
         self.attributes: dict[str, Any] = {}
         self.values = {
             name: _precise(np.asarray(variable))
-            for name, variable in layer.growable_variables().items()
+            for name, variable in getattr(layer, "growable_variables", dict)().items()
         }
         self.sources: dict[str, list[AxisSource]] = {name: [] for name in self.values}
         self.moved: set[str] = set()  # variables that change without being resized
@@ -231,7 +234,8 @@ class _LayerWork:
         inherited = np.where(outputs == NEWBORN, 0.0, rows[:, :, outputs])
         spatial = [n for a, n in enumerate(value.shape) if a not in (axis % value.ndim, out_axis)]
         blocks = np.moveaxis(inherited, 1, 0)
-        return blocks.reshape(len(blocks), *spatial, value.shape[out_axis])
+        rows = blocks.reshape(len(blocks), *spatial, value.shape[out_axis])
+        return np.moveaxis(rows, -1, out_axis + (out_axis < axis % value.ndim))
 
     def _put(
         self, name, axis, new, source, value_scale, gradient_scale, newborn_zero=False, fold=None
