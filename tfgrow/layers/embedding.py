@@ -35,7 +35,7 @@ class Embedding(Mixing, keras.layers.Embedding):
             return f"layer '{self.name}' has LoRA or quantized weights, which can't be resized"
         return None
 
-    def linear(self, inputs, embeddings):
+    def linear(self, inputs, embeddings):  # type: ignore[override]  # by the variable's name
         return ops.take(embeddings, ops.cast(inputs, "int32"), axis=0)
 
     def flops_per_weight(self, output_shape):

@@ -13,6 +13,9 @@ from keras import layers
 
 from tfgrow.layers.growable import live_config
 
+_OF_DEPTHWISE = ("kernel_size", "strides", "padding", "dilation_rate", "depth_multiplier")
+_OF_POINTWISE = ("name", "filters", "activation", "use_bias", "activity_regularizer",
+                 "bias_initializer", "bias_regularizer", "bias_constraint")  # fmt: skip
 _OF_WEIGHTS = ("initializer", "regularizer", "constraint")
 
 
@@ -28,12 +31,9 @@ def _separable(depthwise_class, pointwise_class) -> Callable:
             }
             for part in ("depthwise", "pointwise")
         )
-        own = ("kernel_size", "strides", "padding", "dilation_rate", "depth_multiplier")
-        first = {name: config[name] for name in own}
+        first = {name: config[name] for name in _OF_DEPTHWISE}
         first |= {f"depthwise_{name}": value for name, value in depthwise.items()}
-        own = ("name", "filters", "activation", "use_bias", "activity_regularizer",
-               "bias_initializer", "bias_regularizer", "bias_constraint")  # fmt: skip
-        second = {name: config[name] for name in own}
+        second = {name: config[name] for name in _OF_POINTWISE}
         second |= {f"kernel_{name}": value for name, value in pointwise.items()}
         name = f"{layer.name}_depthwise"
         return [
