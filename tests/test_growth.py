@@ -93,9 +93,10 @@ def test_every_kind_of_layer_trains_on_and_leaves_no_trace(name, tmp_path):
     model.save(tmp_path / "grown.keras")
     loaded = keras.models.load_model(tmp_path / "grown.keras")
     np.testing.assert_allclose(outputs(loaded, x), expected, atol=1e-6)
-    assert loaded.train_on_batch(x, y) == pytest.approx(model.train_on_batch(x, y), rel=1e-4)
+    for mine, theirs in zip(loaded.optimizer.variables, model.optimizer.variables, strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    loaded.train_on_batch(x, y)
     plain = tfgrow.strip(model)
-    expected = outputs(model, x)
     np.testing.assert_allclose(outputs(plain, x), expected, atol=1e-6)
     assert all(type(layer).__module__.startswith("keras.") for layer in plain.layers)
     tfgrow.export(model, tmp_path / "served", verbose=False)

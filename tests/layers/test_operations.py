@@ -76,6 +76,7 @@ def test_models_grow_through_operations(name):
         (lambda x: x + np.ones(3, "float32"), r"\(Add\) has a constant of shape \(3,\)"),
         (lambda x: ops.multiply(np.ones((1, 3), "float32"), x), r"constant of shape \(1, 3\)"),
         (lambda x: x + np.ones((1, 1, 1), "float32"), r"constant of shape \(1, 1, 1\)"),
+        (lambda x: ops.clip(x, np.zeros(3), 1.0), r"\(Clip\) has a constant of shape \(3,\)"),
         (lambda x: ops.cast(x, "float16"), "casts to float16"),
         (lambda x: ops.softmax(x), r"\(Softmax\), which mixes channels or is unknown"),
         (lambda x: ops.reshape(x, (-1, 3)), r"\(Reshape\), which mixes channels or is unknown"),
@@ -107,6 +108,14 @@ def test_converted_models_have_operations_of_their_own():
     ]
     assert own[0].isdisjoint(own[1])
     assert [site.blocked is None for site in tfgrow.find_sites(models[0])][:3] == [True] * 3
+
+
+def test_operations_of_a_cloned_model_are_told_apart():
+    """`clone_model` calls the very operations of its model again."""
+    stock = by_name("operations").stock()
+    keras.models.clone_model(stock)
+    model = tfgrow.convert(stock)
+    assert [site.blocked is None for site in tfgrow.find_sites(model)][:3] == [True] * 3
 
 
 def test_an_operation_of_two_models_blocks():

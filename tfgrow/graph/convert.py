@@ -182,7 +182,10 @@ class _Twins:
             return operation
         if id(operation) not in self._operations:
             name = {"name": self._free_name(operation, prefix)} if renamed else {}
-            self._operations[id(operation)] = _from_config(_copy, operation, **name)
+            self._operations[id(operation)] = operation
+            with contextlib.nullcontext() if renamed else contextlib.suppress(ValueError):
+                # One made with arrays has no config; it can't grow either, and stays as it is.
+                self._operations[id(operation)] = _from_config(_copy, operation, **name)
         return self._operations[id(operation)]
 
     def _free_name(self, operation, prefix: str) -> str:

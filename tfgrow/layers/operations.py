@@ -55,11 +55,10 @@ class Elementwise(Channelwise):
 def operation_blocked(operation) -> str | None:
     """Why an elementwise operation, as it was called, can't be part of a path; None if it can."""
     calls = recorded_calls(operation)
-    if len(calls) != 1:
-        return f"operation '{operation.name}' is part of {len(calls)} models; convert them apart"
     if type(operation).__name__ == "Cast" and operation.dtype != "float32":
         return f"operation '{operation.name}' casts to {operation.dtype}, which is not float32"
-    values = keras.tree.flatten(calls[0])
+    settings = [value for name, value in vars(operation).items() if not name.startswith("_")]
+    values = keras.tree.flatten((calls[0], settings))
     rank = max(len(value.shape) for value in values if isinstance(value, keras.KerasTensor))
     for value in values:
         shape = np.shape(value) if not hasattr(value, "shape") else tuple(value.shape)
@@ -70,4 +69,6 @@ def operation_blocked(operation) -> str | None:
                 f"shape {shape}, which may treat each channel differently; use a number, or a "
                 "layer with weights, such as BatchNormalization"
             )
+    if len(calls) != 1:
+        return f"operation '{operation.name}' is part of {len(calls)} models; convert them apart"
     return None
