@@ -60,6 +60,11 @@ def readers_of(layer: keras.layers.Layer) -> Iterator[keras.Operation]:
     return (call.operation for call in layer._outbound_nodes)
 
 
+def recorded_calls(operation: keras.Operation) -> list[tuple[tuple, dict]]:
+    """Positional and keyword arguments of an operation's calls on symbolic tensors."""
+    return [(call.arguments.args, call.arguments.kwargs) for call in operation._inbound_nodes]
+
+
 def layers_within(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
     """The layer and all layers in it, however deep, in the order it keeps them."""
     return list(layer._flatten_layers())

@@ -123,7 +123,7 @@ class Passes:
         loss = self._sum_of_losses(batch, captured)
         new, kept = _equations(captured, groups, perturbed, sums, loss)
 
-        learning = [row for row, group in enumerate(groups) if group.morphism.learned]
+        learning = [row for row, group in enumerate(groups) if group.learned]
 
         def improve():
             mine = [groups[row] for row in learning]
@@ -156,8 +156,8 @@ class Parameters:
         self._layout = [
             (row, name, np.shape(group.theta[name]), _unit_column(group, name))
             for row, group in enumerate(groups)
-            for name in sorted(group.theta)
-            if group.morphism.is_learned(name)
+            for name in group.learned
+            if name in group.theta
         ]
 
     @property

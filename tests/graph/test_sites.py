@@ -147,7 +147,9 @@ def test_nothing_with_weights_is_left_out():
     sites = sites_by_name(model)
     assert set(sites) == {"lstm", "dense", "norm", "out"}
     assert "LSTM" in sites["lstm"].blocked
-    assert "'norm' (LayerNormalization), which mixes channels" in sites["dense"].blocked
+    assert (
+        "'norm' (LayerNormalization), which normalises over the channels" in sites["dense"].blocked
+    )
     assert "output layer" in sites["out"].blocked
     assert sites["norm"].units == 0
 
@@ -249,11 +251,11 @@ def test_declared_activations_pass():
 @pytest.mark.parametrize(
     ("layer", "reason"),
     [
-        (layers.Softmax(name="x"), "'x' .Softmax., which mixes channels"),
+        (layers.Softmax(name="x"), "'x' .Softmax., which compares channels"),
         (layers.LayerNormalization(name="x"), "LayerNormalization"),
         (layers.BatchNormalization(axis=1, name="x"), "normalises axis 1"),
         (layers.Rescaling([1.0, 2.0, 3.0], name="x"), "rescales each channel"),
-        (layers.Reshape((16, 3), name="x"), "Reshape"),
+        (layers.Reshape((16, 3, 1), name="x"), "Reshape"),
         (layers.DepthwiseConv2D(2, activation="softmax", name="x"), "activation that mixes"),
         (layers.Conv2D(3, 1, groups=3, name="x"), "grouped convolution .groups=3."),
         (layers.Conv2D(2, 1, trainable=False, name="x"), "'x', which is frozen"),

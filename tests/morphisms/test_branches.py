@@ -126,7 +126,7 @@ def test_reverse_mode_is_forward_mode(net):
 
 def test_the_gradient_written_out_is_that_of_automatic_differentiation(net):
     for _, group, captured, _ in net.effects():
-        if not net.kind.learned:
+        if not group.learned:
             return
         kernel = tf.constant(group.theta["kernel"])
         with tf.GradientTape(persistent=True) as tape:

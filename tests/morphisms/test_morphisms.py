@@ -92,10 +92,11 @@ def test_the_gradient_written_out_is_that_of_automatic_differentiation(net):
     for candidate in (net.candidates[0], net.candidates[-1]):
         (group,), _ = group_candidates(net.model, [candidate])
         captured = capture_of(net, group.morphism.taps(group.site))
-        kernel = tf.constant(group.theta["kernel"])
+        name = group.site.producer.kernel_name
+        kernel = tf.constant(group.theta[name])
         with tf.GradientTape(persistent=True) as tape:
             tape.watch(kernel)
-            theta = {**group.theta, "kernel": kernel}
+            theta = {**group.theta, name: kernel}
             (perturbed,) = perturb_all(captured, [group], [theta], fresh=False)
             found = scalars(captured, group, perturbed)
             expected = tf.reduce_sum(found[0]) + 0.5 * tf.reduce_sum(found[1:] ** 2)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-import keras
 import numpy as np
 
 from tfgrow._keras import takes_mask
@@ -19,6 +18,7 @@ from tfgrow.graph.nodes import Graph, Node
 from tfgrow.layers import registry
 from tfgrow.layers.growable import Channelwise
 from tfgrow.layers.joins import Join, in_a_row, join_view
+from tfgrow.layers.unsupported import unsupported
 from tfgrow.types import ChannelMap
 
 Owners = dict[int, ChannelMap]
@@ -211,7 +211,7 @@ def tied_inputs(flow: Flow, node: Node) -> list[int]:
 def _why_no_consumer(graph: Graph, node: Node) -> str | None:
     """Why a mixing layer can't read more channels; `{}` stands for the producer's name."""
     consumer = node.operation
-    reason = called_too_often(graph, consumer) or registry.blocked_reason(consumer)
+    reason = called_too_often(graph, consumer) or registry.consumer_blocked(consumer)
     if reason:
         return f"the channels of {{}} reach a blocked consumer: {reason}"
     if not consumer.trainable:
@@ -233,9 +233,16 @@ def _why_no_step(graph: Graph, node: Node, view: Channelwise | None) -> str | No
     if view is None or len(node.inputs) != 1:
         kind = type(layer).__name__
         return f"the channels of {{}} reach '{node.name}' ({kind}), " + _why_not_channelwise(layer)
-    often = called_too_often(graph, layer) if getattr(layer, "weights", None) else None
-    reason = often or registry.blocked_reason(layer)
+    reason = registry.blocked_reason(layer)
+    # What has neither weights nor a shape to adapt may be called as often as one likes.
+    if reason is None and (getattr(layer, "weights", None) or _adapts(graph, node, view)):
+        reason = called_too_often(graph, layer)
     return f"on the path of {{}}: {reason}" if reason else None
+
+
+def _adapts(graph: Graph, node: Node, view: Channelwise) -> bool:
+    size = graph.tensors[node.inputs[0]].shape[-1]
+    return size is not None and bool(view.resized_attributes(size))
 
 
 def called_too_often(graph: Graph, layer) -> str | None:
@@ -254,10 +261,8 @@ def _flattens_unknown(graph: Graph, node: Node, view: Channelwise) -> bool:
 
 
 def _why_not_channelwise(layer) -> str:
-    if isinstance(layer, keras.Model):
-        return (
-            "a nested model; tfgrow.convert(model) inlines nested Functional and Sequential models"
-        )
+    if known := unsupported(layer):
+        return known
     if registry.growable_class(layer) is not None:
         return "a stock layer; make the model growable with tfgrow.convert(model)"
     return "which mixes channels or is unknown to tfgrow"

@@ -67,7 +67,7 @@ class CostModel:
                 for name, terms in extra.items()
             }
             params += sum(sizes.values())
-            flops += sizes.get("kernel", 0) * _flops_per_weight(layer, shape)
+            flops += sizes.get(layer.kernel_name, 0) * _flops_per_weight(layer, shape)
         return Cost(params, flops)
 
 

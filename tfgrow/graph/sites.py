@@ -21,6 +21,7 @@ from tfgrow.graph.versions import version_of
 from tfgrow.layers import registry
 from tfgrow.layers.growable import Mixing
 from tfgrow.layers.joins import Join, in_a_row, join_view
+from tfgrow.layers.unsupported import unsupported
 from tfgrow.types import ChannelMap
 
 
@@ -280,6 +281,8 @@ def _unknown_producer(layer) -> str:
             f"layer '{layer.name}' is a stock {kind}; make the model growable with "
             "tfgrow.convert(model)"
         )
+    if known := unsupported(layer):
+        return f"layer '{layer.name}' ({kind}), {known}"
     return (
         f"layer '{layer.name}' ({kind}) has weights that tfgrow doesn't know how to widen; "
         "subclass tfgrow.layers.Mixing to teach it"

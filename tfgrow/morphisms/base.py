@@ -82,6 +82,11 @@ class Group:
         self.static = {k: v for k, v in stacked.items() if v.dtype.kind == "i"}
         self.theta = {k: v for k, v in stacked.items() if v.dtype.kind == "f"}
 
+    @property
+    def learned(self) -> tuple[str, ...]:
+        """The names of theta that are improved by gradient."""
+        return tuple(self.scales)
+
 
 def perturb_all(
     capture: Capture, groups: Sequence[Group], thetas: Sequence[Theta], fresh: bool
@@ -158,19 +163,16 @@ class Morphism:
 
     Attributes:
       name: by which users and journals know it.
-      learned: the names of theta that are improved by gradient (`name/1` is `name` of a second
-        producer).
-      solved: the names of theta that have a closed form, given the learned ones.
+      solved: the names of theta that have a closed form, given those improved by gradient.
       perturbs_by_solved: whether `perturb` needs the solved parameters too.
       reads_producer: whether theta holds incoming weights, under the names of the producers' own
-        variables, to which `perturb` is given the responses.
+        variables (`name/1` for a second producer), to which `perturb` is given the responses.
       edits_unit: whether a candidate edits the old unit it names, so that two such candidates
         exclude each other; else it brings something new.
       units: by how many units a candidate changes the width of its site.
     """
 
     name: ClassVar[str]
-    learned: ClassVar[tuple[str, ...]]
     solved: ClassVar[tuple[str, ...]] = ()
     perturbs_by_solved: ClassVar[bool] = False
     reads_producer: ClassVar[bool] = True
@@ -200,12 +202,11 @@ class Morphism:
         raise NotImplementedError
 
     def scale(self, site: Site, units: np.ndarray) -> dict[str, np.ndarray]:
-        """Natural size of the entries of each learned parameter, `[n]`: the unit of a step."""
-        raise NotImplementedError
+        """Natural size of the entries of each learned parameter, `[n]`: the unit of a step.
 
-    def is_learned(self, name: str) -> bool:
-        """Whether a parameter of theta is improved by gradient."""
-        return name.split("/")[0] in self.learned
+        Its names are those of theta that are improved by gradient.
+        """
+        raise NotImplementedError
 
     def perturb(
         self, capture: Capture, group: Group, theta: Theta, responses: Sequence, fresh: bool

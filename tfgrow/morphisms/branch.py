@@ -178,4 +178,4 @@ def maker_of(graph: Graph, tensor: int) -> Node | None:
 
 def is_convolved(site) -> bool:
     """Whether a site's channels lie on positions that convolutions read."""
-    return len(site.producers[0].operation.growable_variables()["kernel"].shape) > 2
+    return bool(site.producers[0].operation.kernel_spatial)

@@ -35,7 +35,6 @@ class Deepen(Branch):
     """Inserts a residual block at the end of a path. See the module's docstring."""
 
     name = "deepen"
-    learned = ("kernel", "bias")
 
     def branchings(self, site):
         if site.blocked is not None:
@@ -72,7 +71,7 @@ class Deepen(Branch):
     def scale(self, site, units):
         place = self.branchings(site)[int(units[0])]
         size = _scale((*_kernel_size(site, place), place.channels, UNITS))
-        return {name: np.full(len(units), size, "float32") for name in self.learned}
+        return {name: np.full(len(units), size, "float32") for name in ("kernel", "bias")}
 
     def features(self, capture, branching, theta):
         values = capture.values[tensor_tap(branching.read)]

@@ -61,7 +61,6 @@ class EnlargeKernel(Morphism):
     """Enlarges one convolution's kernel by two in every direction. See the module's docstring."""
 
     name = "enlarge_kernel"
-    learned = ("length",)
     solved = ("ring",)
     perturbs_by_solved = True
     reads_producer = False

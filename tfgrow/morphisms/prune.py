@@ -28,7 +28,6 @@ class Prune(AtInputs):
     """Takes one unit away. See the module's docstring."""
 
     name = "prune"
-    learned = ()
     solved = ("share", "offset")
     reads_producer = False
     units = -1

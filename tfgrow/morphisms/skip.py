@@ -29,7 +29,6 @@ class Skip(Branch):
     """Adds a projection of an earlier tensor. See the module's docstring."""
 
     name = "skip"
-    learned = ()
 
     def branchings(self, site):
         if site.blocked is not None:

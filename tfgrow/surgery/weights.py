@@ -92,7 +92,7 @@ def _widen(work: dict, merged: dict[int, WidthEdit], graph) -> None:
     for edit in merged.values():
         for number, node in enumerate(edit.site.producers):
             producer = _work(work, node.operation)
-            producer.attributes[node.operation.units_attribute] = edit.new_width
+            producer.attributes.update(node.operation.width_attributes(edit.new_width))
             producer.widen_outputs(edit, number)
     reached = {
         id(item): item
@@ -106,6 +106,11 @@ def _widen(work: dict, merged: dict[int, WidthEdit], graph) -> None:
         if isinstance(node.operation, Growable):
             reader = _work(work, node.operation)
             (reader.widen_inputs if node.mixing else reader.widen_channels)(widening, node)
+        view = None if node.mixing or len(node.inputs) > 1 else channelwise_view(node.operation)
+        if view is not None:
+            attributes = view.resized_attributes(widening.size(node.inputs[0]))
+            if attributes:
+                _work(work, node.operation).attributes.update(attributes)
 
 
 class _Widening:
@@ -144,6 +149,12 @@ class _Widening:
         (before, old), (after, new) = sides
         descent = descend(before, after, (old, new), self._parents)
         return _Axis(before, descent)
+
+    def size(self, tensor: int) -> int:
+        """Length of a tensor's last axis afterwards."""
+        size = self._after.sizes[tensor]
+        assert size is not None
+        return size
 
     def consumer_of(self, edit: WidthEdit, node: Node) -> int:
         """The number of a node among the consumers of an edit's site."""
@@ -219,7 +230,7 @@ class _LayerWork:
         self.attributes: dict[str, Any] = {}
         self.values = {
             name: _precise(np.asarray(variable))
-            for name, variable in layer.growable_variables().items()
+            for name, variable in getattr(layer, "growable_variables", dict)().items()
         }
         self.sources: dict[str, list[AxisSource]] = {name: [] for name in self.values}
         self.moved: set[str] = set()  # variables that change without being resized
@@ -366,7 +377,8 @@ class _LayerWork:
         before = [n - sum(pads) for n, pads in zip(spatial, self._larger, strict=False)]
         inherited = inherited.reshape(*(before or spatial), *inherited.shape[1:])
         blocks = np.moveaxis(self._surrounded(inherited), -2, 0)
-        return blocks.reshape(len(blocks), *spatial, value.shape[out_axis])
+        made = blocks.reshape(len(blocks), *spatial, value.shape[out_axis])
+        return np.moveaxis(made, -1, out_axis + (out_axis < axis % value.ndim))
 
     def _put(
         self, name, axis, new, source, value_scale, gradient_scale, newborn_zero=False, fold=None
