@@ -8,9 +8,8 @@ import tfgrow
 from tests.cases import CASES, by_name, inputs_of, prepare, regression_data
 from tests.morphisms.effects import applied, capture_of, outputs, predicted, responses, scalars
 from tfgrow.capture.batches import batches_of
-from tfgrow.capture.capture import find_head
-from tfgrow.curvature.loss_head import make_loss_head
 from tfgrow.curvature.normal import quadratic
+from tfgrow.curvature.total_loss import make_total_loss
 from tfgrow.morphisms.base import perturb_all
 from tfgrow.morphisms.registry import MORPHISMS, get, group_candidates
 from tfgrow.passes import Passes, objective
@@ -49,9 +48,9 @@ def test_function_is_preserved_without_theta_or_phi(net):
 
 def test_reverse_mode_is_forward_mode(net):
     """Scalars against all columns, and all tangents pushed to the logits at once, agree."""
-    head, loss = find_head(net.graph), make_loss_head("mse")
-    passes = Passes(net.graph, head, loss, "exact", draws=1)
-    (batch,) = batches_of(net.data)
+    loss = make_total_loss(net.graph, "mse", curvature="exact")
+    passes = Passes(net.graph, loss, draws=1)
+    batch = loss.arranged(*batches_of(net.data))
     groups, _ = group_candidates(net.model, net.candidates)
     thetas = [group.theta for group in groups]
     _, linear, gram, _ = passes.scalars(batch, None, groups, thetas)
