@@ -95,6 +95,11 @@ def takes_mask(operation: Any) -> bool:
     return bool(getattr(operation, "_call_has_mask_arg", False))
 
 
+def compiled_loss_weights(model: keras.Model) -> Any:
+    """The `loss_weights` that a model was compiled with, None for none."""
+    return getattr(model._compile_loss, "_user_loss_weights", None)
+
+
 def compile_arguments(model: keras.Model) -> dict[str, Any]:
     """What `model.compile` was called with, as the live objects."""
     return dict(model._compile_config.config)

@@ -223,12 +223,12 @@ class Growth(keras.callbacks.Callback):
     def _commit(self, plan: Plan, data) -> tuple[Outcome, dict[str, float]]:
         """Applies the plan as the guard allows; also returns the seconds that it took."""
         clock = time.perf_counter()
-        loss, model = self.model.loss, self.model
+        model = self.model
         alphas, tolerance = (ALPHAS, self.tolerance) if self.guard else ((1.0,), np.inf)
         outcome = commit(
             model,
             plan.candidates,
-            lambda grown: real_loss(grown, data.held_out, loss),
+            lambda grown: real_loss(grown, data.held_out),
             tolerance,
             alphas,
             estimate_of=lambda scaled: self.oracle.estimate(model, scaled, data.score),

@@ -73,7 +73,12 @@ def test_gradient_and_columns_are_derivatives(net):
     logits = net.values[net.head.tap]
     gradient, columns = net.loss.gradient(net.y, logits), net.loss.factors(net.y, logits, "exact")
     taken = capture(
-        net.graph, net.head, net.x, net.taps, lambda z: gradient, lambda z: columns
+        net.graph,
+        [net.head],
+        net.x,
+        net.taps,
+        lambda z: {0: gradient},
+        lambda z: [{0: column} for column in columns],
     ).cotangents
     for tap in net.taps:
         shift = net.direction(tap)
@@ -88,7 +93,7 @@ def test_gradient_and_columns_are_derivatives(net):
 def test_forward_mode_is_the_derivative(net):
     shifts = {tap: net.direction(tap, seed) for seed, tap in enumerate(net.taps[:2])}
     tangents = {tap: tf.constant(shift) for tap, shift in shifts.items()}
-    logits, pushed = push_forward(net.graph, net.head, net.x, tangents)
+    (logits,), (pushed,) = push_forward(net.graph, [net.head], net.x, tangents)
     np.testing.assert_allclose(logits, net.values[net.head.tap], atol=1e-6)
     np.testing.assert_allclose(pushed, net.slope(shifts), atol=5e-3 * np.abs(pushed).max())
 
@@ -99,7 +104,12 @@ def test_gradient_is_that_of_the_models_own_loss():
     tap = net.taps[0]
     shift = net.direction(tap)
     taken = capture(
-        net.graph, net.head, net.x, [tap], lambda z: net.loss.gradient(net.y, z), lambda z: [z]
+        net.graph,
+        [net.head],
+        net.x,
+        [tap],
+        lambda z: {0: net.loss.gradient(net.y, *z)},
+        lambda z: [{0: z[0]}],
     ).cotangents
 
     def losses(size):
@@ -132,10 +142,16 @@ def test_head_is_before_the_activation_that_belongs_to_the_loss():
     assert head.activation is None
 
 
-def test_head_needs_one_output():
+def test_each_output_has_a_head():
     inputs = keras.Input((4,))
-    two = keras.Model(inputs, [layers.Dense(1)(inputs), layers.Dense(1)(inputs)])
-    with pytest.raises(ValueError, match="The model has 2 outputs"):
-        find_head(trace(two))
+    inner = layers.Dense(3, "softmax", name="inner")(inputs)
+    outer = layers.Dropout(0.5)(layers.Dense(2, "sigmoid", name="outer")(inner))
+    graph = trace(tfgrow.convert(keras.Model(inputs, [outer, inner, inputs])))
+    assert graph.output_keys[1] == "inner"
+    by_name = {node.name: node.index for node in graph.nodes}
+    assert find_head(graph, 0).tap == linear_tap(by_name["outer"])
+    assert find_head(graph, 1).tap == linear_tap(by_name["inner"])
+    with pytest.raises(ValueError, match=r"output 'input.*' is one of its inputs"):
+        find_head(graph, 2)
     with pytest.raises(ValueError, match="output is one of its inputs"):
         find_head(trace(keras.Model(inputs, inputs)))

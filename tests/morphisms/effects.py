@@ -131,11 +131,11 @@ def capture_of(net, taps):
     x, y = net.data
     return capture(
         net.graph,
-        head,
+        [head],
         x,
         taps,
-        lambda z: loss.gradient(y, z),
-        lambda z: loss.factors(y, z, "exact"),
+        lambda z: {0: loss.gradient(y, *z)},
+        lambda z: [{0: column} for column in loss.factors(y, *z, "exact")],
     )
 
 

@@ -10,9 +10,9 @@ import tfgrow
 from tests.cases import CASES, by_name, inputs_of, regression_data
 from tests.morphisms.effects import applied, capture_of, outputs
 from tfgrow.capture.batches import batches_of
-from tfgrow.capture.capture import find_head, observe
-from tfgrow.curvature.loss_head import make_loss_head
+from tfgrow.capture.capture import observe
 from tfgrow.curvature.normal import quadratic
+from tfgrow.curvature.total_loss import make_total_loss
 from tfgrow.graph.nodes import trace
 from tfgrow.graph.sites import find_sites
 from tfgrow.morphisms.base import perturb_all
@@ -95,6 +95,17 @@ def test_at_rest_the_function_is_preserved_and_costs_are_real(net):
         assert candidate.cost.flops > 0
 
 
+def test_halving_alpha_goes_half_way(net):
+    x = net.data[0]
+    now = outputs(net.model, x)
+    for candidate in net.candidates[:2]:
+        distances = [
+            np.abs(outputs(applied(net.model, [net.kind.scaled(candidate, alpha)]), x) - now).max()
+            for alpha in (0.1, 0.05, 0.0)
+        ]
+        assert distances[0] > distances[1] > 10 * distances[2]
+
+
 def test_scalars_are_tangents_contracted_with_gradient_and_columns(net):
     for _, group, captured, perturbed in net.effects():
         covectors = net.kind.covectors(captured, group, group.theta, perturbed)
@@ -112,9 +123,9 @@ def test_scalars_are_tangents_contracted_with_gradient_and_columns(net):
 
 
 def test_reverse_mode_is_forward_mode(net):
-    head, loss = find_head(net.graph), make_loss_head("mse")
-    passes = Passes(net.graph, head, loss, "exact", draws=1)
-    (batch,) = batches_of(net.data)
+    loss = make_total_loss(net.graph, "mse", curvature="exact")
+    passes = Passes(net.graph, loss, draws=1)
+    batch = loss.arranged(*batches_of(net.data))
     groups, _ = group_candidates(net.model, net.candidates)
     thetas = [group.theta for group in groups]
     _, linear, gram, _ = passes.scalars(batch, None, groups, thetas)

@@ -89,6 +89,16 @@ def test_function_is_preserved_without_a_ring(model):
     np.testing.assert_allclose(outputs(applied(model, rest), x), before, atol=1e-6)
 
 
+def test_halving_alpha_goes_half_way(model):
+    x = inputs_of(model, 4, seed=9)
+    chosen, now = ringed(model), outputs(model, x)
+    distances = [
+        np.abs(outputs(applied(model, [KIND.scaled(c, alpha) for c in chosen]), x) - now).max()
+        for alpha in (0.1, 0.05, 0.0)
+    ]
+    assert distances[0] > distances[1] > 10 * distances[2]
+
+
 def test_scalars_are_tangents_contracted_with_gradient_and_columns(model):
     class Net:
         graph = trace(model)

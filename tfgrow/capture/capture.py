@@ -30,7 +30,7 @@ class Capture:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Head:
-    """Where the network ends and the loss begins.
+    """Where the network ends at one of its outputs, and that output's loss begins.
 
     Attributes:
       tap: the logits.
@@ -41,24 +41,29 @@ class Head:
     activation: Any
 
 
-def find_head(graph: Graph) -> Head:
+Cotangents = Mapping[int, Any]
+"""Cotangents of logits by the number of their head; those of heads not named are zero."""
+
+
+def find_head(graph: Graph, number: int = 0) -> Head:
     """A last softmax or sigmoid belongs to the loss: the logits are what enters it.
 
     Layers behind it that change nothing in inference mode (dropout, a linear activation that casts)
     are looked through.
+
+    Args:
+      graph: the traced model.
+      number: which of its outputs.
     """
-    if len(graph.outputs) != 1:
-        raise ValueError(
-            f"The model has {len(graph.outputs)} outputs; the Gauss-Newton estimate needs exactly "
-            "one. Train the heads as one concatenated output, or grow a single-output model."
-        )
-    output = graph.outputs[0]
+    output = graph.outputs[number]
     node = _maker(graph, output)
     while node is not None and changes_nothing(node.operation):
         output = node.inputs[0]
         node = _maker(graph, output)
     if node is None:
-        raise ValueError("The model's output is one of its inputs: there is nothing to grow.")
+        key = graph.output_keys[number]
+        which = f" '{key}'" if len(graph.outputs) > 1 else ""
+        raise ValueError(f"The model's output{which} is one of its inputs: nothing there can grow.")
     if node.mixing:
         return Head(linear_tap(node.index), getattr(node.operation, "activation", None))
     kind = type(node.operation).__name__
@@ -117,22 +122,22 @@ def prepare_inputs(graph: Graph, x) -> list:
 
 def capture(
     graph: Graph,
-    head: Head,
+    heads: Sequence[Head],
     x,
     taps: Sequence[Tap],
-    gradient_of: Callable[[Any], Any],
-    columns_of: Callable[[Any], Sequence[Any]],
+    gradient_of: Callable[[list], Cotangents],
+    columns_of: Callable[[list], Sequence[Cotangents]],
     reuse_gradient: Callable[[Any], Any] | None = None,
 ) -> Capture:
     """One forward pass, one backward pass, and one backward pass per curvature column.
 
     Args:
       graph: the traced model.
-      head: where its logits are.
+      heads: where its logits are.
       x: the batch's inputs.
       taps: where gradient and columns are wanted.
-      gradient_of: logits -> gradient of the weighted per-sample loss at them.
-      columns_of: logits -> the factor's columns at them, each shaped like the logits.
+      gradient_of: logits of all heads -> gradient of the weighted per-sample loss at them.
+      columns_of: logits of all heads -> the factor's columns at them.
       reuse_gradient: when the one column is the gradient up to a factor per sample (empirical
         curvature), the function that rescales it; no column is back-propagated then.
     """
@@ -150,13 +155,16 @@ def capture(
 
         wanted = set(taps)
         values = execute(graph, prepare_inputs(graph, x), watch)
-        logits = values[head.tap]
+        logits = [values[head.tap] for head in heads]
 
-    def back_propagate(cotangent):
+    def back_propagate(cotangents):
         gradients = tape.gradient(
-            logits,
+            [logits[number] for number in cotangents],
             [values[tap] for tap in taps],
-            output_gradients=tf.stop_gradient(tf.cast(cotangent, logits.dtype)),
+            output_gradients=[
+                tf.stop_gradient(tf.cast(cotangent, logits[number].dtype))
+                for number, cotangent in cotangents.items()
+            ],
             unconnected_gradients=tf.UnconnectedGradients.ZERO,
         )
         for tap, gradient in zip(taps, gradients, strict=True):
@@ -177,11 +185,11 @@ def observe(graph: Graph, x) -> Capture:
     return Capture(execute(graph, prepare_inputs(graph, x)), {})
 
 
-def push_forward(graph: Graph, head: Head, x, tangents: Mapping[Tap, Any]):
-    """The forward-mode twin: all tangents pushed to the logits at once.
+def push_forward(graph: Graph, heads: Sequence[Head], x, tangents: Mapping[Tap, Any]):
+    """The forward-mode twin: all tangents pushed to the logits of all heads at once.
 
     Returns:
-      The logits, and J times the sum of the tangents, shaped like them.
+      The logits by head, and J times the sum of the tangents, shaped like them.
     """
     inputs = prepare_inputs(graph, x)
     taps = list(tangents)
@@ -190,7 +198,7 @@ def push_forward(graph: Graph, head: Head, x, tangents: Mapping[Tap, Any]):
     with tf.autodiff.ForwardAccumulator(probes, pushed) as accumulator:
         at = dict(zip(taps, probes, strict=True))
         values = execute(graph, inputs, lambda tap, value: value + at[tap] if tap in at else value)
-        logits = values[head.tap]
+        logits = [values[head.tap] for head in heads]
     jvp = accumulator.jvp(logits, unconnected_gradients=tf.UnconnectedGradients.ZERO)
     return logits, jvp
 

@@ -12,7 +12,7 @@ import keras
 import numpy as np
 
 from tfgrow._checks import require_whole
-from tfgrow.capture.batches import batches_of
+from tfgrow.capture.batches import batches_of, size_of_batch
 from tfgrow.curvature.stand_in import STANDS_IN
 from tfgrow.estimator import SETTLE, GaussNewtonEstimator
 from tfgrow.graph.cost import CostModel
@@ -108,7 +108,7 @@ class GaussNewtonOracle(GrowthOracle):
         some = data.learn[:1] if isinstance(data, GrowthData) else list(islice(batches_of(data), 3))
         GaussNewtonEstimator(model, curvature=self.curvature).loss(some[:1])
         if not isinstance(data, GrowthData):
-            check_size(sum(int(weight.shape[0]) for *_, weight in some))
+            check_size(sum(size_of_batch(batch) for batch in some))
 
     def split(self, dataset) -> GrowthData:
         """Disjoint batches of a dataset for one growth step."""
