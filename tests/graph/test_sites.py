@@ -330,3 +330,17 @@ def test_sites_of_a_deleted_model_do_not_keep_it_alive():
     keras.backend.clear_session()
     gc.collect()
     assert reference() is None
+
+
+def test_a_concatenation_shared_by_images_and_vectors_is_one_of_positions_and_one_of_channels():
+    inputs = keras.Input((3, 3, 2))
+    a, b = (layers.Conv2D(2, 1, name=name)(inputs) for name in "ab")
+    concatenate = layers.Concatenate(axis=1)
+    above = layers.Flatten()(concatenate([a, b]))
+    beside = concatenate([layers.GlobalAveragePooling2D()(x) for x in (a, b)])
+    outputs = layers.Add()([layers.Dense(2)(above), layers.Dense(2)(beside)])
+    model = tfgrow.convert(keras.Model(inputs, outputs))
+    x = inputs_of(model, 3)
+    before = model.predict(x, verbose=0)
+    tfgrow.widen(model, "a", 1)
+    np.testing.assert_allclose(model.predict(x, verbose=0), before, atol=1e-6)

@@ -105,7 +105,7 @@ class Flow:
         if node.mixing:
             self._visit_mixing(node)
             return
-        join = join_view(node.operation) if len(node.inputs) > 1 else None
+        join = join_of(self._graph, node)
         if join is not None:
             self._visit_join(node, join)
             return
@@ -200,6 +200,11 @@ def _together(first: ChannelMap, second: ChannelMap) -> ChannelMap:
     """Where channels lie that were tied after they had come to lie beside each other."""
     index = np.concatenate([first.index, second.index], axis=1)
     return ChannelMap(np.sort(index, axis=1), first.size)
+
+
+def join_of(graph: Graph, node: Node) -> Join | None:
+    """A node as a join of several tensors, or None if it isn't one."""
+    return join_view(node.operation, graph.tensors[node.outputs[0]]) if node.inputs[1:] else None
 
 
 def tied_inputs(flow: Flow, node: Node) -> list[int]:
