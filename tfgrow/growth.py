@@ -217,8 +217,9 @@ def widths_of(model: keras.Model) -> dict[str, int]:
 
 def widths_changed(before: Mapping[str, int], model: keras.Model) -> dict[str, tuple[int, int]]:
     """Site name -> (units before, units now) where they differ; `before` is from `widths_of`."""
-    now = widths_of(model)
-    return {name: (before[name], units) for name, units in now.items() if units != before[name]}
+    # By layer: a site of one unit that is left can be blocked, or go by another layer's name.
+    now = {name: site.units for site in find_sites(model) for name in site.names}
+    return {name: (units, now[name]) for name, units in before.items() if units != now[name]}
 
 
 def size_of(model: keras.Model) -> tuple[int, int]:
