@@ -233,8 +233,15 @@ def widths_changed(before: Mapping[str, int], model: keras.Model) -> dict[str, t
 
     Sites of layers that are new had none.
     """
-    now = {name: (before.get(name, 0), units) for name, units in widths_of(model).items()}
-    return {name: pair for name, pair in now.items() if pair[0] != pair[1]}
+    # By layer: a site of one unit that is left can be blocked, or go by another layer's name.
+    now = {name: site.units for site in find_sites(model) for name in site.names}
+    changed = {name: (units, now[name]) for name, units in before.items() if units != now[name]}
+    new = {
+        site.name: (0, site.units)
+        for site in find_sites(model)
+        if site.blocked is None and not set(site.names) & set(before)
+    }
+    return {**changed, **new}
 
 
 def size_of(model: keras.Model) -> tuple[int, int]:

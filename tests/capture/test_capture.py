@@ -155,3 +155,18 @@ def test_each_output_has_a_head():
         find_head(graph, 2)
     with pytest.raises(ValueError, match="output is one of its inputs"):
         find_head(trace(keras.Model(inputs, inputs)))
+
+
+def test_a_layer_that_hands_on_the_very_same_tensor_is_told_from_what_it_reads():
+    """Dropout does, at inference: what else reads its input is not behind the dropout."""
+    inputs = keras.Input((3,))
+    x = layers.Dense(3, activation="tanh", name="stem")(inputs)
+    y = layers.Dense(3, name="inner")(layers.Dropout(0.5, name="drop")(x))
+    x = layers.Add(name="add")([x, y])
+    model = tfgrow.convert(keras.Model(inputs, layers.Dense(2, name="out")(x)))
+    estimator = tfgrow.GaussNewtonEstimator(model, "mse", curvature="exact")
+    data = regression_data(model, 8)
+    candidates = tfgrow.candidates(model, "split", sites=["stem"])
+    estimate = estimator.interaction(candidates, data).change()
+    assert abs(estimate) > 1e-3
+    np.testing.assert_allclose(estimate, estimator.joint_change(candidates, data), rtol=1e-4)

@@ -332,3 +332,42 @@ def test_sites_of_a_deleted_model_do_not_keep_it_alive():
     keras.backend.clear_session()
     gc.collect()
     assert reference() is None
+
+
+def test_what_is_alike_by_chance_while_one_channel_wide_is_not_tied():
+    """Two positions of one channel, and one channel that a depthwise layer doubles."""
+    inputs = keras.Input((2, 1, 2))
+    flat = layers.Flatten(name="flat")(layers.Conv2D(1, 1, name="a")(inputs))
+    doubled = layers.DepthwiseConv2D(1, depth_multiplier=2)(layers.Conv2D(1, 1, name="b")(inputs))
+    doubled = layers.GlobalAveragePooling2D()(doubled)
+    x = layers.Add(name="add")([flat, doubled])
+    model = tfgrow.convert(keras.Model(inputs, layers.Dense(2)(x)))
+    assert "'add' ties the channels of 'a'" in blocked(model, "a")
+    assert "'add' ties the channels of 'b'" in blocked(model, "b")
+
+
+def test_positions_of_one_channel_twice_stay_tied():
+    inputs = keras.Input((2, 1, 2))
+    flat = layers.Flatten()(layers.Conv2D(1, 1, name="a")(inputs))
+    b = layers.GlobalAveragePooling2D()(layers.Conv2D(1, 1, name="b")(inputs))
+    x = layers.Add()([flat, layers.Concatenate()([b, b])])
+    model = tfgrow.convert(keras.Model(inputs, layers.Dense(2)(x)))
+    x = inputs_of(model, 3)
+    before = model.predict(x, verbose=0)
+    tfgrow.widen(model, "a", 2)
+    np.testing.assert_allclose(model.predict(x, verbose=0), before, atol=1e-6)
+    assert tfgrow.find_sites(model)[0].units == 3
+
+
+def test_a_concatenation_shared_by_images_and_vectors_is_one_of_positions_and_one_of_channels():
+    inputs = keras.Input((3, 3, 2))
+    a, b = (layers.Conv2D(2, 1, name=name)(inputs) for name in "ab")
+    concatenate = layers.Concatenate(axis=1)
+    above = layers.Flatten()(concatenate([a, b]))
+    beside = concatenate([layers.GlobalAveragePooling2D()(x) for x in (a, b)])
+    outputs = layers.Add()([layers.Dense(2)(above), layers.Dense(2)(beside)])
+    model = tfgrow.convert(keras.Model(inputs, outputs))
+    x = inputs_of(model, 3)
+    before = model.predict(x, verbose=0)
+    tfgrow.widen(model, "a", 1)
+    np.testing.assert_allclose(model.predict(x, verbose=0), before, atol=1e-6)

@@ -214,6 +214,24 @@ def test_pruning_copies_and_unused_units_by_hand_changes_nothing(case):
     np.testing.assert_allclose(outputs(model, x), before, atol=1e-5)
 
 
+def test_the_one_unit_that_is_left_beside_a_gate_of_one_channel():
+    """It is as wide as the gate then, but has not been tied to it."""
+    inputs = keras.Input((3, 3, 2))
+    gate = keras.layers.Conv2D(1, 1, name="gate")(inputs)
+    gate = keras.layers.Activation("sigmoid")(keras.layers.Activation("tanh")(gate))
+    x = keras.layers.Conv2D(2, 1, name="x")(inputs)
+    x = keras.layers.Concatenate()([keras.layers.Multiply()([x, gate]), gate, x])
+    x = keras.layers.GlobalAveragePooling2D()(x)
+    stock = keras.Model(inputs, keras.layers.Dense(2, name="out")(x))
+    model = tfgrow.convert(stock)
+    kernel = model.get_layer("out").kernel
+    kernel.assign(kernel.numpy() * np.array([[0], [1], [1], [0], [1]]))  # x[0] is not used
+    x = inputs_of(model, 4)
+    before = outputs(model, x)
+    assert tfgrow.prune(model, "x", [0]).widths == {"x": (2, 1)}
+    np.testing.assert_allclose(outputs(model, x), before, atol=1e-6)
+
+
 @pytest.mark.parametrize("units", [[4], [-1], [0, 0], [], [0.5]])
 def test_units_that_are_not_there_cannot_be_pruned(units):
     model = by_name("perceptron").model()

@@ -148,8 +148,8 @@ def capture(
         def watch(tap, value):
             if tap not in wanted:
                 return value
-            if tap[0] == "input":
-                value = tf.identity(value)  # what others read is not meant
+            # What others read is not meant; a layer like dropout hands on the very same tensor.
+            value = tf.identity(value)
             tape.watch(value)
             return value
 

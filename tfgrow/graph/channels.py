@@ -32,18 +32,27 @@ class Flow:
       sizes: tensor id -> length of its last axis; None where that is unknown.
     """
 
-    def __init__(self, graph: Graph, widths: Mapping[int, int] | None = None):
+    def __init__(
+        self, graph: Graph, widths: Mapping[int, int] | None = None, tied_as: Flow | None = None
+    ):
         """Follows the channels.
 
         Args:
           graph: the traced model.
           widths: index of a producer's node -> its number of channels, if not the present one.
+          tied_as: the flow at other widths that says which channels are tied. At the given ones it
+            could look otherwise: one channel that is left of several is as wide as a gate's.
         """
         self.sizes: dict[int, int | None] = {}
         self._graph = graph
         self._widths = widths or {}
         self._owners: dict[int, Owners] = {}
+        self._tied_as = tied_as
         self._parents: dict[int, int] = {}
+        if tied_as is not None:
+            roots = ((n.index, tied_as.root(n.index)) for n in graph.nodes if n.mixing)
+            self._parents = {producer: root for producer, root in roots if producer != root}
+        self._alike_by_chance: set[int] = set()
         self._reasons: dict[int, str] = {}
         self._makers = {tensor: node for node in graph.nodes for tensor in node.outputs}
         for tensor, symbol in graph.tensors.items():
@@ -56,6 +65,8 @@ class Flow:
                     owner,
                     f"the channels of '{self.name(owner)}' reach the model's output unmixed",
                 )
+        if not self._widths:
+            self._check_wider()
 
     def at(self, tensor: int) -> Owners:
         """Whose channels lie where on a tensor's last axis, by the first of the tied producers."""
@@ -92,6 +103,15 @@ class Flow:
     def name(self, producer: int) -> str:
         return self._graph.nodes[producer].name
 
+    def _check_wider(self) -> None:
+        """Blocks what is tied while it is one channel wide, and would not be when wider."""
+        for root in dict.fromkeys(self.root(owner) for owner in self._alike_by_chance):
+            tied = [node.index for node in self.tied(root)]
+            wider = Flow(self._graph, dict.fromkeys(tied, 2))
+            for owner in tied:
+                if owner in wider._reasons:
+                    self._block(owner, wider._reasons[owner])
+
     def _block(self, owner: int, reason: str) -> None:
         self._reasons.setdefault(owner, reason)
 
@@ -105,7 +125,7 @@ class Flow:
         if node.mixing:
             self._visit_mixing(node)
             return
-        join = join_view(node.operation) if len(node.inputs) > 1 else None
+        join = join_of(self._graph, node)
         if join is not None:
             self._visit_join(node, join)
             return
@@ -163,7 +183,7 @@ class Flow:
                     self._owners[target][owner] = row
 
     def _tie(self, node: Node, target: int) -> None:
-        wide = tied_inputs(self, node)
+        wide = tied_inputs(self._tied_as or self, node)
         narrow = [tensor for tensor in node.inputs if tensor not in wide]
         self._block_all(
             narrow, f"the one channel of {{}} is spread by '{node.name}' over those of others"
@@ -173,12 +193,18 @@ class Flow:
             self._block_all(
                 wide, f"the channels of {{}} meet tensors of another rank in '{node.name}'"
             )
-        for tensor in wide:
-            for owner, at in list(self.at(tensor).items()):
-                for other in wide:
-                    self._tie_to(node, self.root(owner), at, other)
+        if self._tied_as is None:
+            self._tie_all(node, wide)
         self.sizes[target] = max(self.sizes[tensor] or 0 for tensor in wide)
         self._owners[target] = {o: at for tensor in wide for o, at in self.at(tensor).items()}
+
+    def _tie_all(self, node: Node, wide: list[int]) -> None:
+        for tensor in wide:
+            for owner, at in list(self.at(tensor).items()):
+                if at.units == 1 and at.blocks > 1:
+                    self._alike_by_chance.add(owner)
+                for other in wide:
+                    self._tie_to(node, self.root(owner), at, other)
 
     def _tie_to(self, node: Node, owner: int, at: ChannelMap, tensor: int) -> None:
         for other, place in self.at(tensor).items():
@@ -200,6 +226,11 @@ def _together(first: ChannelMap, second: ChannelMap) -> ChannelMap:
     """Where channels lie that were tied after they had come to lie beside each other."""
     index = np.concatenate([first.index, second.index], axis=1)
     return ChannelMap(np.sort(index, axis=1), first.size)
+
+
+def join_of(graph: Graph, node: Node) -> Join | None:
+    """A node as a join of several tensors, or None if it isn't one."""
+    return join_view(node.operation, graph.tensors[node.outputs[0]]) if node.inputs[1:] else None
 
 
 def tied_inputs(flow: Flow, node: Node) -> list[int]:

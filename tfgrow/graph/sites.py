@@ -15,7 +15,7 @@ from typing import Any
 import keras
 
 from tfgrow._keras import called_by_others, readers_of
-from tfgrow.graph.channels import Flow, called_too_often, tied_inputs
+from tfgrow.graph.channels import Flow, called_too_often, join_of, tied_inputs
 from tfgrow.graph.nodes import Graph, Node, trace
 from tfgrow.graph.versions import version_of
 from tfgrow.layers import registry
@@ -309,7 +309,7 @@ def _path(graph: Graph, flow: Flow, root: int) -> tuple[tuple[Step, ...], tuple[
 
 def _step(graph: Graph, flow: Flow, root: int, node: Node, mine: tuple[int, ...]) -> Step:
     layer = node.operation
-    view: Any = join_view(layer) if len(node.inputs) > 1 else registry.channelwise_view(layer)
+    view: Any = join_of(graph, node) or registry.channelwise_view(layer)
     outside: tuple[int, ...] = ()
     if isinstance(view, Join) and view.ties:
         mine = tuple(tied_inputs(flow, node))

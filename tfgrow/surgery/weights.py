@@ -126,6 +126,7 @@ class _Widening:
         self._after = Flow(
             graph,
             {node.index: edit.new_width for edit in edits.values() for node in edit.site.producers},
+            tied_as=self._before,
         )
         self._parents = {owner: _source(_units(edit)) for owner, edit in edits.items()}
 
