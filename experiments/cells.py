@@ -1,4 +1,4 @@
-"""The cells of `experiments.pays`: one training each, in a process of its own, kept in a file."""
+"""Cells: each done once, in a process of its own, kept in a file; those of `experiments.pays`."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import dataclasses
 import json
 import math
 import multiprocessing
+import os
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 ARMS = ("grown", "same_epochs", "same_time")
 
@@ -43,7 +45,19 @@ class Cell:
         return {name: value for name, value in self.settings.items() if name not in places}
 
 
-def load(cell: Cell) -> dict[str, Any] | None:
+class Kept(Protocol):
+    """What is done once and kept in a file."""
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+
+    @property
+    def key(self) -> Mapping[str, Any]:
+        """The settings that the file must agree with to count."""
+
+
+def load(cell: Kept) -> dict[str, Any] | None:
     """The result of a finished cell, or None.
 
     Raises:
@@ -60,7 +74,7 @@ def load(cell: Cell) -> dict[str, Any] | None:
     if differ:
         raise ValueError(
             f"'{cell.path}' was made with other settings (found, wanted): {differ}. Choose "
-            "another --results_dir, or remove the file."
+            "another folder for results, or remove the file."
         )
     return found
 
@@ -101,11 +115,23 @@ def run_cell(cell: Cell, grown: Mapping[str, Any] | None) -> dict[str, Any]:
     return result
 
 
-def in_fresh_process(cell: Cell, grown: Mapping[str, Any] | None) -> dict[str, Any]:
-    """`run_cell` in a new process: nothing of one cell is left in memory for the next."""
+def in_fresh_process(work: Callable[..., Any], *arguments: Any) -> Any:
+    """What `work` returns in a new process: nothing of one cell is left in memory for the next."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(run_cell, cell, grown).result()
+    with ProcessPoolExecutor(1, mp_context=context, initializer=_end_with_parent) as pool:
+        return pool.submit(work, *arguments).result()
+
+
+def _end_with_parent() -> None:
+    """Of a run that is killed, no process goes on and keeps the machine busy."""
+
+    def watch() -> None:
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _recipe(cell: Cell, epochs: int) -> Any:

@@ -23,7 +23,7 @@ from typing import Any
 from absl import app, flags
 
 from experiments._messages import in_words, quiet_logs
-from experiments.cells import ARMS, Cell, in_fresh_process, load
+from experiments.cells import ARMS, Cell, in_fresh_process, load, run_cell
 
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -131,7 +131,7 @@ def main(arguments: list[str]) -> None:
             print(f"{cell.arm}, seed {cell.seed}: {cell.path}", flush=True)
             grown = None if cell.arm == "grown" else results["grown", cell.seed]
             done = finished[cell.arm, cell.seed]
-            results[cell.arm, cell.seed] = done or in_fresh_process(cell, grown)
+            results[cell.arm, cell.seed] = done or in_fresh_process(run_cell, cell, grown)
     show(results, seeds)
 
 

@@ -163,3 +163,23 @@ def test_inherited_weights_compute_what_they_did():
     np.testing.assert_array_equal(
         carried["a/kernel"][:, 3], changes["a"].variables["kernel"].value[:, 3]
     )
+
+
+def test_candidates_of_several_calls_are_applied_at_once():
+    """Each call traces the model anew: the layers where their edits meet are the same ones."""
+    image = keras.Input((4, 4, 2))
+    x = layers.Conv2D(3, 1, name="first")(image)
+    x = layers.Concatenate(name="row")([x, layers.Conv2D(2, 1, name="second")(x)])
+    x = layers.BatchNormalization(name="bn")(x)
+    stock = keras.Model(image, layers.Conv2D(2, 1, name="out")(x))
+    randomize(stock)
+    model = tfgrow.convert(stock)
+    x = np.random.default_rng(0).normal(size=(5, 4, 4, 2)).astype("float32")
+    expected = model(x).numpy()
+    halves = [
+        get("split").scaled(tfgrow.candidates(model, "split", sites=site)[0], 0.0)
+        for site in ("first", "second")
+    ]
+    tfgrow.apply(model, halves)
+    assert (model.get_layer("first").filters, model.get_layer("second").filters) == (4, 3)
+    np.testing.assert_allclose(model(x).numpy(), expected, rtol=1e-5, atol=1e-5)

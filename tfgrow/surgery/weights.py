@@ -94,8 +94,8 @@ def _widen(work: dict, merged: dict[int, WidthEdit], graph) -> None:
             producer = _work(work, node.operation)
             producer.attributes.update(node.operation.width_attributes(edit.new_width))
             producer.widen_outputs(edit, number)
-    reached = {
-        id(item): item
+    reached = {  # by index: candidates made by several calls are of several traces of one model
+        item.index: item
         for edit in merged.values()
         for item in (
             *(step.node for step in edit.site.steps),
@@ -299,7 +299,7 @@ class _LayerWork:
         for owner, edit in widening.edits.items():
             if owner not in resized.descent.places:
                 continue
-            number = [step.node for step in edit.site.steps].index(node)
+            number = [step.node.index for step in edit.site.steps].index(node.index)
             for row, unit in enumerate(_units(edit)):
                 if isinstance(unit, NewUnit):
                     where = resized.descent.places[owner].index[row]

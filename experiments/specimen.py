@@ -1,0 +1,320 @@
+"""One stock architecture, made growable and grown: what `experiments.zoo` does in each process."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import re
+import resource
+import shutil
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import tfgrow
+from tfgrow.morphisms.registry import MORPHISMS, get
+
+CLASSES = 10
+SMALLEST = 32
+SPLIT = "split"
+SHORT = 1e-3
+"""A scale that starts smaller than this (LayerScale) is taken for a branch that is switched off."""
+
+NOISE = 1e-5
+"""Changes of the loss by less than this share of it can't be measured in float32."""
+
+Arrays = tuple[np.ndarray, np.ndarray]
+Build = Callable[..., keras.Model]
+
+
+def architectures() -> dict[str, Build]:
+    """The functions of `keras.applications` that build a classifier of images, by name."""
+    return {
+        name: build
+        for name, build in inspect.getmembers(keras.applications, inspect.isfunction)
+        if {"weights", "classes", "input_shape"} <= set(inspect.signature(build).parameters)
+    }
+
+
+def built_small(build: Build) -> keras.Model:
+    """An architecture with random weights, on the smallest images it takes."""
+    size = SMALLEST
+    while True:
+        try:
+            return build(weights=None, classes=CLASSES, input_shape=(size, size, 3))
+        except ValueError as error:
+            least = re.search(r"at least (\d+)", str(error))
+            if least is None or int(least[1]) <= size:
+                raise
+            size = int(least[1])
+
+
+def images_for(build: Build, model: keras.Model, count: int, seed: int) -> Arrays:
+    """Random images, as the architecture wants them, and random labels."""
+    rng = np.random.default_rng(seed)
+    shape = (count, *model.input_shape[1:])
+    images = rng.uniform(0, 255, shape).astype("float32")
+    prepare = getattr(inspect.getmodule(build), "preprocess_input", lambda x: x)
+    return prepare(images), rng.integers(0, CLASSES, count)
+
+
+def every_layer(model: keras.Model) -> Iterator[keras.layers.Layer]:
+    """The layers of a model and of those nested in it."""
+    for layer in model.layers:
+        yield layer
+        if isinstance(layer, keras.Model):
+            yield from every_layer(layer)
+
+
+def wake(model: keras.Model, images: np.ndarray) -> None:
+    """Gives random weights statistics as after training: else deep networks die or explode.
+
+    BatchNormalization gets the statistics of the images in one pass, scales of next to nothing
+    become 1, and the last kernel such a size that the logits differ by 1.
+    """
+    for layer in every_layer(model):
+        for variable in layer.trainable_variables:
+            value = np.asarray(variable) if len(variable.shape) == 1 else np.zeros(1)
+            if 0 < np.abs(value).max() < SHORT and np.ptp(value) == 0:
+                variable.assign(np.ones_like(value))
+    norms = [n for n in every_layer(model) if isinstance(n, keras.layers.BatchNormalization)]
+    kept = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    if norms:
+        model(images, training=True)
+    for norm, momentum in zip(norms, kept, strict=True):
+        norm.momentum = momentum
+    logits = np.log(np.maximum(outputs_of(model, images), 1e-30))
+    (*_, kernel) = [v for v in model.trainable_variables if v.name == "kernel"]
+    kernel.assign(kernel / np.std(logits, axis=-1).mean())
+
+
+def outputs_of(model: keras.Model, images: np.ndarray) -> np.ndarray:
+    """The model's outputs in inference mode."""
+    return np.asarray(model(images, training=False))
+
+
+def difference(found: np.ndarray, expected: np.ndarray) -> float:
+    """Largest difference, relative to the largest output."""
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+def spread(sites: Sequence[tfgrow.Site]) -> list[tfgrow.Site]:
+    """A few sites over the depth: first, middle, last, a tied one, one behind a concatenation."""
+    if not sites:
+        return []
+    tied = [site for site in sites if len(site.producers) > 1]
+    in_a_row = [site for site in sites if site not in tied and _is_concatenated(site)]
+    chosen = [sites[0], sites[len(sites) // 2], sites[-1]]
+    chosen += [some[len(some) // 2] for some in (tied, in_a_row) if some]
+    return [site for site in sites if site in chosen]
+
+
+def _is_concatenated(site: tfgrow.Site) -> bool:
+    return any(isinstance(step.layer, keras.layers.Concatenate) for step in site.steps)
+
+
+def grouped(reasons: Sequence[str]) -> dict[str, int]:
+    """How often each reason is given, names of layers left out."""
+    return dict(Counter(re.sub(r"'[^']*'", "'...'", reason) for reason in reasons).most_common())
+
+
+def picked(model: keras.Model, name: str, sites: Sequence[str]) -> list[tfgrow.Candidate]:
+    """One candidate of a kind per site; of some other site if it is possible at none of them.
+
+    Kinds take different units, so that all can be applied at once.
+    """
+    position = list(MORPHISMS).index(name)
+    by_site: dict[str, list[tfgrow.Candidate]] = {}
+    for place in [*([site] for site in sites), None]:
+        if place is None and by_site:
+            continue
+        with contextlib.suppress(ValueError):  # not possible there
+            for candidate in tfgrow.candidates(model, name, sites=place, new_units=1):
+                by_site.setdefault(candidate.site.name, []).append(candidate)
+            if place is None:
+                by_site = dict(list(by_site.items())[:1])
+    return [
+        found[position % len(found)]
+        for found in by_site.values()
+        if len(found) > position or not get(name).edits_unit
+    ]
+
+
+def change_nothing(model: keras.Model, name: str, sites: Sequence[str]) -> int:
+    """Applies a kind of edit so that the model computes what it did; says at how many places.
+
+    What can't be scaled down to nothing is the removal of a unit: a copy of another goes.
+    """
+    chosen = picked(model, name, sites)
+    nothing = [get(name).scaled(candidate, 0.0) for candidate in chosen]
+    scaled = [candidate for candidate in nothing if candidate is not None]
+    if scaled:
+        tfgrow.apply(model, scaled)
+        return len(scaled)
+    for site in [candidate.site.name for candidate in chosen]:
+        (split, *_) = tfgrow.candidates(model, SPLIT, sites=site)
+        halves = get(SPLIT).scaled(split, 0.0)
+        assert halves is not None
+        tfgrow.apply(model, halves)
+        tfgrow.prune(model, site, [split.unit])
+    return len(chosen)
+
+
+class Specimen:
+    """An architecture on its way through the phases; `result` holds what came of it.
+
+    Args:
+      build: the function that builds it.
+      settings: `images`, `batch_size`, `steps`, `scale`, `seed`.
+    """
+
+    def __init__(self, build: Build, settings: Mapping[str, Any]):
+        self.build = build
+        self.settings = settings
+        self.sites: list[str] = []
+        self.result: dict[str, Any] = {"seconds": {}, "errors": {}, "morphisms": {}}
+
+    def examine(self) -> dict[str, Any]:
+        """Runs all phases; a failure ends its own phase, and all if there is no growable model."""
+        with self._phase("build"):
+            stock = built_small(self.build)
+            self.data = images_for(
+                self.build, stock, self.settings["images"], self.settings["seed"]
+            )
+            wake(stock, self.data[0])
+            self.few = self.data[0][: self.settings["batch_size"]]
+            expected = outputs_of(stock, self.few)
+            self.result |= {"input": stock.input_shape[1], "params": stock.count_params()}
+        with self._phase("convert"):
+            self.model = tfgrow.convert(stock)
+            self.result["converted"] = difference(outputs_of(self.model, self.few), expected)
+            self.model.compile("sgd", "sparse_categorical_crossentropy")
+        if not self.result["errors"]:
+            del stock
+            self._grow(expected)
+        self.result["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        return self.result
+
+    def _grow(self, expected: np.ndarray) -> None:
+        with self._phase("sites"):
+            self._count_sites()
+        if self.sites:
+            self._change_nothing(expected)
+            with self._phase("learn"):
+                self._learn()
+            with self._phase("apply"):
+                self._apply()
+        with self._phase("save"):
+            self._keep()
+
+    @contextlib.contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        """Takes the time; an error is written down instead of raised."""
+        started = time.perf_counter()
+        try:
+            yield
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}"
+            self.result["errors"][name] = {"error": text, "trace": traceback.format_exc()}
+        seconds = self.result["seconds"]
+        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started
+
+    def _count_sites(self) -> None:
+        every = tfgrow.find_sites(self.model)
+        can = [site for site in every if site.blocked is None]
+        self.sites = [site.name for site in spread(can)]
+        self.result |= {
+            "sites": len(can),
+            "layers": sum(len(site.producers) for site in can),
+            "tied": sum(len(site.producers) > 1 for site in can),
+            "in_a_row": sum(_is_concatenated(site) for site in can),
+            "blocked": grouped([site.blocked for site in every if site.blocked]),
+            "grown": self.sites,
+        }
+
+    def _change_nothing(self, expected: np.ndarray) -> None:
+        """Every kind of edit in turn, each on top of those before, at theta = 0."""
+        with self._phase("theta 0"):
+            copy = tfgrow.convert(self.model)
+        for name in MORPHISMS:
+            found = self.result["morphisms"].setdefault(name, {})
+            with self._phase("theta 0"):
+                found["places"] = change_nothing(copy, name, self.sites)
+                if found["places"]:
+                    now = outputs_of(copy, self.few)
+                    found["unchanged"], expected = difference(now, expected), now
+
+    def _learn(self) -> None:
+        chosen = [c for name in MORPHISMS for c in picked(self.model, name, self.sites)]
+        batches = tf.data.Dataset.from_tensor_slices(self.data)
+        self.batches = batches.batch(self.settings["batch_size"])
+        seed, steps = self.settings["seed"], self.settings["steps"]
+        learner = tfgrow.GaussNewtonEstimator(self.model, curvature="sampled", seed=seed)
+        learned = learner.learn(chosen, self.batches, steps=steps, settle=steps)
+        self.learned = [self._scaled(candidate) for candidate in learned]
+
+    def _scaled(self, candidate: tfgrow.Candidate) -> tfgrow.Candidate:
+        """A small step: edits without a closed form change the loss with the square of theta."""
+        morphism, scale = get(candidate.morphism), self.settings["scale"]
+        return morphism.scaled(candidate, scale if morphism.solved else np.sqrt(scale)) or candidate
+
+    def _apply(self) -> None:
+        """Estimates against truth, of each kind alone and of all at once."""
+        estimator = tfgrow.GaussNewtonEstimator(self.model, curvature="exact")
+        interaction = estimator.interaction(self.learned, self.batches)
+        before = self._loss()
+        for name, found in self.result["morphisms"].items():
+            mine = [row for row, c in enumerate(self.learned) if c.morphism == name]
+            if mine:
+                true = tfgrow.measure_change(
+                    self.model, [self.learned[row] for row in mine], self.batches
+                )
+                found |= against(interaction.change(mine), true, before)
+        event = tfgrow.apply(self.model, self.learned)
+        self.result |= {
+            "all": against(interaction.change(), self._loss() - before, before),
+            "loss": before,
+            "params_after": event.params_after,
+        }
+
+    def _loss(self) -> float:
+        images, labels = self.data
+        losses = keras.losses.sparse_categorical_crossentropy(
+            labels, outputs_of(self.model, images)
+        )
+        return float(np.mean(np.asarray(losses, dtype=np.float64)))
+
+    def _keep(self) -> None:
+        """Saved and loaded, exported and served: the outputs stay."""
+        expected = outputs_of(self.model, self.few)
+        folder = Path(tempfile.mkdtemp(prefix="zoo."))
+        try:
+            with self._phase("save and load"):
+                self.model.save(folder / "model.keras")
+                loaded = keras.models.load_model(folder / "model.keras")
+                self.result["saved"] = difference(outputs_of(loaded, self.few), expected)
+                del loaded
+            (folder / "model.keras").unlink(missing_ok=True)
+            with self._phase("export"):
+                tfgrow.export(self.model, folder / "1", verbose=False)
+                served = tf.saved_model.load(str(folder / "1"))
+                found = served.serve(tf.constant(self.few)).numpy()
+                self.result["exported"] = difference(found, expected)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def against(estimated: float, true: float, loss: float) -> dict[str, float | None]:
+    """An estimate beside the truth; no ratio of changes that drown in the loss's rounding."""
+    ratio = estimated / true if abs(true) > NOISE * loss else None
+    return {"estimated": estimated, "true": true, "ratio": ratio}

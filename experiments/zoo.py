@@ -1,0 +1,319 @@
+r"""Every architecture of `keras.applications`, made growable and grown.
+
+    python -m experiments.zoo
+    python -m experiments.zoo --models='ResNet.*V2|VGG16'
+
+Each network has random weights and sees a few small random images, in a process of its own, one
+after the other: is it converted without a change of its outputs, where can it grow, does each kind
+of edit change nothing at theta = 0, do estimates hold against the applied edits, do files and
+SavedModel of the grown network compute the same?
+
+A network whose file lies under --output_dir is not run again, so that a sweep that was ended goes
+on where it was; one that failed is. All finished ones make up `zoo.json`, `zoo.csv` and --docs.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+
+from experiments._messages import in_words, quiet_logs
+from experiments.cells import in_fresh_process, load
+from experiments.progress import Progress
+
+os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+SETTINGS = ("images", "batch_size", "steps", "scale", "seed")
+SAME = 1e-4
+"""Outputs count as equal up to so much of the largest one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One architecture: its name, and what decides its outcome.
+
+    Attributes:
+      model: its name in `keras.applications`.
+      settings: by flag.
+      folder: where its file lies.
+    """
+
+    model: str
+    settings: Mapping[str, Any]
+    folder: str
+
+    @property
+    def path(self) -> Path:
+        """The cell's file."""
+        return Path(self.folder) / f"{self.model}.json"
+
+    @property
+    def key(self) -> Mapping[str, Any]:
+        """The settings that a finished cell must agree with to count."""
+        return self.settings
+
+
+def run_cell(cell: Cell) -> dict[str, Any]:
+    """Examines one architecture and writes its file; meant for a fresh process."""
+    import keras
+    import tensorflow as tf
+
+    from experiments import reports, specimen
+
+    # Networks are traced anew on purpose; TensorFlow takes that for a mistake.
+    tf.get_logger().setLevel("ERROR")
+    keras.utils.set_random_seed(cell.settings["seed"])
+    examined = specimen.Specimen(specimen.architectures()[cell.model], cell.settings).examine()
+    result = {"model": cell.model, "settings": dict(cell.settings), **examined}
+    cell.path.parent.mkdir(parents=True, exist_ok=True)
+    reports.write_json(cell.path, result)
+    return result
+
+
+def names() -> list[str]:
+    """All architectures, in the order of the alphabet."""
+    from experiments import specimen
+
+    return sorted(specimen.architectures())
+
+
+def sweep(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """Runs the cells that are missing or failed, one after the other, and returns all."""
+    found = {cell.model: load(cell) for cell in cells}
+    missing = [cell for cell in cells if not _finished(found[cell.model])]
+    progress = Progress("zoo, networks")
+    for number, cell in enumerate(missing):
+        print(f"{cell.model}...", flush=True)
+        try:
+            found[cell.model] = in_fresh_process(run_cell, cell)
+        except Exception as error:  # the process died (memory), or nothing could be built
+            found[cell.model] = _failed(cell, error)
+        print(in_a_line(found[cell.model] or {}), flush=True)
+        progress(number + 1, len(missing))
+    return [result for result in found.values() if result is not None]
+
+
+def _finished(result: Mapping[str, Any] | None) -> bool:
+    return result is not None and not result["errors"]
+
+
+def _failed(cell: Cell, error: Exception) -> dict[str, Any]:
+    said = {"process": {"error": f"{type(error).__name__}: {error}", "trace": ""}}
+    return {"model": cell.model, "settings": dict(cell.settings), "errors": said}
+
+
+def in_a_line(result: Mapping[str, Any]) -> str:
+    """What came of one architecture, in short."""
+    if result["errors"]:
+        said = [f"{phase}: {one['error']}" for phase, one in result["errors"].items()]
+        return f"{result['model']} failed. " + "; ".join(said)
+    return (
+        f"{result['model']}: {result['sites']} sites of {result['layers']} layers, "
+        f"{verdict(result)}, {seconds(result):.0f} s, {result['peak_gb']:.1f} GB"
+    )
+
+
+def seconds(result: Mapping[str, Any]) -> float:
+    """Seconds of all phases."""
+    return float(sum(result.get("seconds", {}).values()))
+
+
+def deviations(result: Mapping[str, Any]) -> dict[str, float]:
+    """By how much outputs differ that are to be equal, by what was done between them."""
+    known = {name: result[name] for name in ("converted", "saved", "exported") if name in result}
+    for name, found in result.get("morphisms", {}).items():
+        if "unchanged" in found:
+            known[f"{name} at theta 0"] = found["unchanged"]
+    return known
+
+
+def verdict(result: Mapping[str, Any]) -> str:
+    """`equal`, or what was not."""
+    if result["errors"]:
+        return "failed"
+    wrong = [f"{name} {value:.1e}" for name, value in deviations(result).items() if value > SAME]
+    return "not equal: " + ", ".join(wrong) if wrong else "equal"
+
+
+def kinds_of(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Every kind of edit that a result speaks of, in order."""
+    return list(dict.fromkeys(name for one in results for name in one.get("morphisms", {})))
+
+
+def table(results: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[Any]]]:
+    """Columns and rows: a row per architecture."""
+    kinds = kinds_of(results)
+    columns = ["network", "input", "parameters", "sites", "layers", "blocked", "outputs"]
+    columns += ["largest difference", *(f"{kind}: estimate/truth" for kind in kinds)]
+    columns += ["all", "seconds", "GB"]
+    rows = []
+    for one in results:
+        row = [one["model"], *(one.get(name) for name in ("input", "params", "sites", "layers"))]
+        row += [sum(one.get("blocked", {}).values()), verdict(one)]
+        row += [max(deviations(one).values(), default=None)]
+        row += [_ratio(one.get("morphisms", {}).get(kind, {})) for kind in kinds]
+        row += [_ratio(one.get("all", {})), round(seconds(one)), one.get("peak_gb")]
+        rows.append(row)
+    return columns, rows
+
+
+def _ratio(found: Mapping[str, Any]) -> str | None:
+    if "true" not in found:
+        return None
+    ratio = "-" if found["ratio"] is None else f"{found['ratio']:.2f}"
+    return f"{ratio} ({found['true']:+.1e})"
+
+
+def reasons(results: Sequence[Mapping[str, Any]]) -> list[tuple[str, int, int]]:
+    """Rows of why places can't grow: reason, places, networks."""
+    places: Counter = Counter()
+    networks: Counter = Counter()
+    for one in results:
+        places.update(one.get("blocked", {}))
+        networks.update(dict.fromkeys(one.get("blocked", {}), 1))
+    return [(reason, count, networks[reason]) for reason, count in places.most_common()]
+
+
+def phases(results: Sequence[Mapping[str, Any]]) -> list[tuple[str, float, float, str]]:
+    """Rows of what took the time: phase, seconds in all, most of one network, which."""
+    names = dict.fromkeys(name for one in results for name in one.get("seconds", {}))
+    rows = []
+    for name in names:
+        spent = {one["model"]: one.get("seconds", {}).get(name, 0.0) for one in results}
+        slowest = max(spent, key=lambda model: spent[model])
+        rows.append((name, float(sum(spent.values())), float(spent[slowest]), slowest))
+    return rows
+
+
+def page(results: Sequence[Mapping[str, Any]]) -> str:
+    """The page for the docs."""
+    from experiments import tables
+
+    settings = results[0]["settings"]
+    parts = [
+        "# The zoo: growing every architecture of `keras.applications`",
+        f"{len(results)} networks with random weights and {settings['images']} random images, "
+        "written by `python -m experiments.zoo`. A site's layers are tied by additions or gates "
+        "and grow together. Outputs are those after converting, after edits at theta = 0 (a pruned "
+        "unit: a copy of another), after saving and loading and in the SavedModel of the grown "
+        f"network; they are equal if they differ by at most {SAME:g} of the largest. Estimates are "
+        f"of edits at a few sites, learned for {settings['steps']} steps and scaled by "
+        f"{settings['scale']:g} (by its root where the effect is of second order; removals as a "
+        "whole), on the samples they were learned on; the true change of the mean loss is in "
+        "brackets.",
+        tables.markdown(*table(results)),
+    ]
+    if stuck := [one for one in results if one.get("sites") == 0]:
+        parts.append("## Where nothing can grow")
+        parts += [f"* {one['model']}: {'; '.join(one['blocked'])}." for one in stuck]
+    if failed := [one for one in results if one["errors"]]:
+        parts.append("## What failed")
+        parts += [f"* {in_a_line(one)}" for one in failed]
+    if rows := reasons(results):
+        parts.append("## Why places can't grow")
+        parts.append(tables.markdown(("reason", "places", "networks"), rows))
+    parts.append("## What takes the time")
+    columns = ("phase", "seconds in all", "most", "of")
+    parts.append(tables.markdown(columns, phases(results)))
+    return "\n\n".join(parts) + "\n"
+
+
+def write(results: Sequence[Mapping[str, Any]], options: Any) -> None:
+    """Writes `zoo.json`, `zoo.csv` and the page."""
+    from experiments import reports
+
+    folder = Path(options.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    reports.write_json(folder / "zoo.json", list(results))
+    with open(folder / "zoo.csv", "w", newline="") as file:
+        columns, rows = table(results)
+        csv.writer(file).writerows([columns, *rows])
+    written = [folder / "zoo.json", folder / "zoo.csv"]
+    if options.docs:
+        Path(options.docs).parent.mkdir(parents=True, exist_ok=True)
+        Path(options.docs).write_text(page(results))
+        written.append(Path(options.docs))
+    print("written: " + ", ".join(map(str, written)))
+
+
+def run(options: Any) -> list[dict[str, Any]]:
+    """The whole sweep; `options` are the values of the flags, as attributes.
+
+    Returns:
+      The results of all networks that are finished, also by earlier sweeps.
+
+    Raises:
+      ValueError: no network is named so, or finished ones were run with other settings.
+    """
+    from experiments import tables
+
+    settings = {name: getattr(options, name) for name in SETTINGS}
+    every = [Cell(name, settings, options.output_dir) for name in names()]
+    chosen = [cell for cell in every if re.fullmatch(options.models, cell.model)]
+    if not chosen:
+        raise ValueError(
+            f"--models={options.models!r} names none of {', '.join(cell.model for cell in every)}."
+        )
+    found = {one["model"]: one for one in sweep(chosen)}
+    known = {cell.model: load(cell) for cell in every if cell.model not in found}
+    results = [r for cell in every if (r := found.get(cell.model) or known.get(cell.model))]
+    tables.show(*table(results), "\nzoo")
+    write(results, options)
+    return results
+
+
+# Not at the top: binaries that define flags of the same names can then be imported side by side.
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
+    """Defines this binary's flags."""
+    for name, default, text in (
+        ("models", ".*", "Regular expression of the whole names of the networks to run."),
+        ("output_dir", "saved_models/zoo", "Where finished networks, zoo.json and zoo.csv go."),
+        ("docs", "docs/zoo.md", "Where the page goes; empty for none."),
+    ):
+        flags.DEFINE_string(name, default, text, flag_values=values)
+    for name, number, text, least in (
+        ("images", 32, "Random images that edits are learned and judged on.", 2),
+        ("batch_size", 8, "Images per batch.", 1),
+        ("steps", 4, "Learning steps of theta, and batches that settle closed forms.", 2),
+        ("seed", 0, "Of weights, images and edits.", 0),
+    ):
+        flags.DEFINE_integer(name, number, text, least, flag_values=values)
+    flags.DEFINE_float(
+        "scale",
+        0.01,
+        "How much of what was learned is applied: estimates are of small changes.",
+        0,
+        1,
+        flag_values=values,
+    )
+
+    @flags.validator("models", "expected a regular expression", flag_values=values)
+    def _compiles(text):
+        try:
+            re.compile(text)
+        except re.error:
+            return False
+        return True
+
+
+def main(argv: list[str]) -> None:
+    """Entry point; see the module's docstring."""
+    if len(argv) > 1:
+        raise app.UsageError(f"Unknown arguments: {argv[1:]}. Flags start with --.")
+    quiet_logs()
+    with in_words("experiments.zoo"):
+        run(flags.FLAGS)
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)

@@ -1,0 +1,240 @@
+"""The zoo: what it finds by itself, what it checks of one network, how a sweep goes on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import keras
+import numpy as np
+import pytest
+from absl import flags
+
+import tfgrow
+from experiments import cells, specimen, zoo
+from tfgrow.morphisms.registry import MORPHISMS
+
+QUICK = {"images": 8, "batch_size": 4, "steps": 2, "scale": 0.01, "seed": 0}
+
+
+def parse(*arguments):
+    """The values of the binary's flags, as its main would see them."""
+    values = flags.FlagValues()
+    zoo.define_flags(values)
+    values(["program", *arguments])
+    return values
+
+
+def tiny(*, weights, classes, input_shape):
+    """A residual stream, a gate, a concatenation and a scale that starts at nothing, in small."""
+    assert weights is None
+    if input_shape[0] < 40:
+        raise ValueError(f"Input size must be at least 40x40; Received: {input_shape}")
+    image = keras.Input(input_shape)
+    x = keras.layers.Conv2D(4, 3, strides=4, name="stem")(image)
+    x = keras.layers.BatchNormalization(name="stem_bn")(x)
+    branch = keras.layers.Conv2D(6, 3, padding="same", activation="relu", name="inner")(x)
+    x = keras.layers.Add()([x, keras.layers.Conv2D(4, 1, name="outer")(branch)])
+    x = keras.layers.ReLU()(x)
+    x = keras.layers.Concatenate()([x, keras.layers.Conv2D(3, 1, name="beside")(x)])
+    x = keras.layers.GlobalAveragePooling2D()(x)
+    return keras.Model(image, keras.layers.Dense(classes, "softmax", name="out")(x))
+
+
+@pytest.fixture(scope="module")
+def examined():
+    keras.utils.set_random_seed(0)
+    return specimen.Specimen(tiny, QUICK).examine()
+
+
+def test_architectures_are_found():
+    found = specimen.architectures()
+    assert {"VGG16", "ResNet50V2", "NASNetLarge", "ConvNeXtTiny"} <= set(found)
+    assert len(found) > 30
+    assert all(callable(build) for build in found.values())
+    assert zoo.names() == sorted(found)
+
+
+def test_smallest_images_are_found():
+    assert specimen.built_small(tiny).input_shape == (None, 40, 40, 3)
+
+    def broken(**_):
+        raise ValueError("no such thing")
+
+    with pytest.raises(ValueError, match="no such thing"):
+        specimen.built_small(broken)
+
+
+def test_waking_gives_statistics_and_spread_logits():
+    model = specimen.built_small(tiny)
+    images, labels = specimen.images_for(tiny, model, 16, seed=0)
+    assert labels.shape == (16,)
+    kept = model.get_layer("stem_bn").momentum
+    specimen.wake(model, images)
+    norm = model.get_layer("stem_bn")
+    assert norm.momentum == kept
+    seen = keras.Model(model.input, norm.input)(images).numpy()
+    np.testing.assert_allclose(norm.moving_mean, seen.mean((0, 1, 2)), rtol=1e-3, atol=1e-3)
+    logits = np.log(specimen.outputs_of(model, images))
+    assert np.std(logits, axis=-1).mean() == pytest.approx(1.0, rel=0.01)
+
+
+def test_waking_switches_branches_on():
+    image = keras.Input((2, 2, 3))
+    scale = keras.layers.BatchNormalization(center=False, gamma_initializer="ones", name="scale")
+    scaled = keras.layers.PReLU(
+        alpha_initializer=keras.initializers.Constant(1e-6), shared_axes=[1, 2], name="off"
+    )
+    x = keras.layers.GlobalAveragePooling2D()(scaled(scale(image)))
+    model = keras.Model(image, keras.layers.Dense(2, "softmax")(x))
+    specimen.wake(model, np.ones((2, 2, 2, 3), "float32"))
+    assert np.all(model.get_layer("off").alpha == np.float32(1e-6)), "not a vector: left alone"
+
+    class Scale(keras.layers.Layer):
+        def build(self, shape):
+            start = keras.initializers.Constant(1e-6)
+            self.gamma = self.add_weight(shape=shape[-1:], initializer=start, name="gamma")
+
+        def call(self, x):
+            return x * self.gamma
+
+    x = keras.layers.GlobalAveragePooling2D()(Scale(name="off")(image))
+    model = keras.Model(image, keras.layers.Dense(2, "softmax")(x))
+    specimen.wake(model, np.ones((2, 2, 2, 3), "float32"))
+    np.testing.assert_array_equal(model.get_layer("off").gamma, 1.0)
+
+
+def test_sites_are_spread():
+    sites = tfgrow.find_sites(tfgrow.convert(specimen.built_small(tiny)))
+    can = [site for site in sites if site.blocked is None]
+    assert [site.name for site in can] == ["stem", "inner", "beside"]
+    assert specimen.spread(can) == can
+    assert specimen.spread([]) == []
+
+
+def test_one_network_passes_every_check(examined):
+    assert not examined["errors"]
+    assert (examined["sites"], examined["layers"], examined["tied"]) == (3, 4, 1)
+    assert examined["blocked"] == {
+        "layer '...' is an output layer: its width is the model's output": 1
+    }
+    for name in ("split", "add", "prune"):
+        assert examined["morphisms"][name]["places"] == 3
+    assert set(examined["morphisms"]) == set(MORPHISMS)
+    deviations = zoo.deviations(examined)
+    assert {"converted", "saved", "exported", "split at theta 0"} <= set(deviations)
+    assert max(deviations.values()) < zoo.SAME
+    assert zoo.verdict(examined) == "equal"
+    assert examined["morphisms"]["add"]["ratio"] == pytest.approx(1.0, rel=0.1)
+    assert examined["params_after"] > 0
+    assert examined["peak_gb"] > 0.1
+    assert {"build", "convert", "theta 0", "learn", "apply", "export"} <= set(examined["seconds"])
+
+
+def test_a_wrong_edit_is_seen(monkeypatch):
+    """Were theta = 0 to change the function, or a phase to fail, the result would say so."""
+    monkeypatch.setattr(type(MORPHISMS["add"]), "scaled", lambda self, c, alpha: c.replace(
+        theta={name: value + 1.0 for name, value in c.theta.items()}))  # fmt: skip
+
+    def fails(*args, **kwargs):
+        raise RuntimeError("out of ink")
+
+    monkeypatch.setattr(tfgrow, "export", fails)
+    monkeypatch.setattr(specimen.Specimen, "_learn", fails)
+    monkeypatch.setattr(specimen.Specimen, "_apply", lambda self: None)
+    found = specimen.Specimen(tiny, QUICK).examine()
+    assert found["morphisms"]["add"]["unchanged"] > zoo.SAME
+    assert found["morphisms"]["prune"]["unchanged"] < zoo.SAME
+    assert set(found["errors"]) == {"learn", "export"}
+    assert found["errors"]["export"]["error"] == "RuntimeError: out of ink"
+    assert found["saved"] < zoo.SAME, "one failure does not keep the others from being tried"
+    assert zoo.verdict({**found, "errors": {}}).startswith("not equal: add at theta 0 ")
+    assert "out of ink" in zoo.in_a_line({"model": "tiny", **found})
+
+
+def test_table_and_page(examined):
+    stuck = {
+        **examined, "model": "Stuck", "sites": 0, "layers": 0, "morphisms": {}, "blocked": {"x": 2}
+    }  # fmt: skip
+    results = [{"model": "Tiny", "settings": QUICK, **examined}, {"settings": QUICK, **stuck}]
+    columns, rows = zoo.table(results)
+    first = dict(zip(columns, rows[0], strict=True))
+    assert (first["network"], first["outputs"]) == ("Tiny", "equal")
+    assert first["add: estimate/truth"].startswith(f"{examined['morphisms']['add']['ratio']:.2f} (")
+    text = zoo.page([*results, zoo._failed(zoo.Cell("Huge", QUICK, "."), MemoryError("16 GB"))])
+    assert "| Tiny " in text
+    assert "* Stuck: x." in text
+    assert "Huge failed. process: MemoryError: 16 GB" in text
+
+
+def test_a_sweep_goes_on_from_finished_networks(tmp_path, monkeypatch, examined):
+    ran = []
+
+    def here(work, cell):
+        ran.append(cell.model)
+        if cell.model == "VGG19":
+            raise MemoryError("killed")
+        result = {"model": cell.model, "settings": dict(cell.settings), **examined}
+        cell.path.write_text(json.dumps(result))
+        return result
+
+    monkeypatch.setattr(zoo, "in_fresh_process", here)
+    places = [f"--output_dir={tmp_path}", f"--docs={tmp_path}/zoo.md"]
+    results = zoo.run(parse("--models=VGG.*", *places))
+    assert ran == ["VGG16", "VGG19"]
+    assert [bool(one["errors"]) for one in results] == [False, True]
+    zoo.run(parse("--models=VGG.*|Xception", *places))
+    assert ran == ["VGG16", "VGG19", "VGG19", "Xception"], "what failed is tried again"
+    assert "| VGG16 " in (tmp_path / "zoo.md").read_text()
+    assert len((tmp_path / "zoo.csv").read_text().splitlines()) == 4
+    with pytest.raises(ValueError, match="other settings"):
+        zoo.run(parse("--models=VGG16", "--steps=9", *places))
+    with pytest.raises(ValueError, match="names none of"):
+        zoo.run(parse("--models=AlexNet", *places))
+    with pytest.raises(flags.IllegalFlagValueError, match="models"):
+        parse("--models=(")
+
+
+def test_a_cell_ends_with_the_run_that_began_it(tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import os, pathlib, time\n"
+        "from experiments.cells import in_fresh_process\n"
+        "def work(path):\n"
+        "    pathlib.Path(path).write_text(str(os.getpid()))\n"
+        "    time.sleep(60)\n"
+        "if __name__ == '__main__':\n"
+        f"    in_fresh_process(work, {str(tmp_path / 'pid')!r})\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    run = subprocess.Popen([sys.executable, str(script)], env=environment)
+    told = tmp_path / "pid"
+    wait_until(lambda: told.exists() and told.read_text())
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    wait_until(lambda: not os.path.exists(f"/proc/{told.read_text()}"))
+
+
+def wait_until(true, most=30.0):
+    limit = time.monotonic() + most
+    while not true():
+        assert time.monotonic() < limit
+        time.sleep(0.05)
+
+
+def test_cells_are_named_by_network(tmp_path):
+    cell = zoo.Cell("VGG16", QUICK, str(tmp_path))
+    assert cell.path == tmp_path / "VGG16.json"
+    assert cells.load(cell) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["MobileNetV2", "ResNet50V2", "DenseNet121", "EfficientNetV2B0"])
+def test_real_architectures(name):
+    keras.utils.set_random_seed(0)
+    found = specimen.Specimen(specimen.architectures()[name], {**QUICK, "images": 16}).examine()
+    assert not found["errors"]
+    assert zoo.verdict({"model": name, **found}) == "equal"
+    assert found["sites"] >= 10
