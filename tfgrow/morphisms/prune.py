@@ -26,7 +26,8 @@ from tfgrow.types import Cost, RemovedUnit, WidthEdit
 AT_ONCE = 0.25
 """Share of a site's units that may go at once, and are therefore not to stand in for each other.
 
-On a VGG on CIFAR-10 a removal costs a third to two thirds less of the loss than at a half.
+Mean real change of a VGG's loss by a removal in its first four layers (CIFAR-10): 0.165, 0.171,
+0.044, 0.030 at a half, 0.133, 0.143, 0.027, 0.019 at a quarter.
 """
 
 
