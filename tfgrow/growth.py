@@ -220,7 +220,10 @@ def describe(candidates: Sequence[Candidate]) -> tuple[dict, ...]:
 
 def newborn_of(candidates: Sequence[Candidate]) -> dict[str, int]:
     """Site name -> number of units that the candidates bring."""
-    return dict(Counter(c.site.name for c in candidates if get(c.morphism).units > 0))
+    newborn: Counter[str] = Counter()
+    for candidate in candidates:
+        newborn[candidate.site.name] += max(0, get(candidate.morphism).units)
+    return {name: units for name, units in newborn.items() if units}
 
 
 def widths_of(model: keras.Model) -> dict[str, int]:

@@ -228,3 +228,29 @@ def test_stale_and_foreign_candidates_are_refused():
         tfgrow.candidates(model, sites=[site])
     assert len(model.get_weights()) == len(weights)
     np.testing.assert_array_equal(model.get_weights()[0], weights[0])
+
+
+def test_a_group_of_units_does_more_together_than_its_units_alone():
+    """One closed form for four units promises at least what the best set of single ones does."""
+    model = by_name("conv_bn_relu").model()
+    model.compile("adam", "mse")
+    data = regression_data(model, 256)
+    estimator = tfgrow.GaussNewtonEstimator(model, curvature="exact")
+    site = ["conv2"]
+    alone = estimator.learn(
+        tfgrow.candidates(model, "add", sites=site, new_units=4), data, steps=0, settle=8
+    )
+    group = estimator.learn(
+        tfgrow.candidates(model, "add_group", sites=site), data, steps=0, settle=8
+    )
+    assert group[0].theta["kernel"].shape == (4, 3, 3, 3)
+    for number, candidate in enumerate(alone):  # the same units, with other outgoing weights
+        np.testing.assert_array_equal(group[0].theta["kernel"][number], candidate.theta["kernel"])
+    together = estimator.score(group, data)[0]
+    interaction = estimator.interaction(alone, data)
+    assert together < interaction.scores.min() < 0
+    assert together < interaction.change()
+    event = tfgrow.apply(model, group)
+    assert event.widths == {"conv2": (4, 8)}
+    assert event.newborn == {"conv2": 4}
+    assert event.params_after - event.params_before == group[0].cost.params

@@ -260,6 +260,6 @@ def test_with_prune_a_full_budget_does_not_end_growth():
 
 def test_round_to_and_prune_exclude_each_other():
     with pytest.raises(
-        ValueError, match=r"round_to=4 works with morphisms that add units; .*'prune'"
+        ValueError, match=r"round_to=4 works with morphisms that add single units; .*'prune'"
     ):
         quick_oracle(morphisms=("add", "prune"), round_to=4)

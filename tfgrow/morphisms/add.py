@@ -81,7 +81,7 @@ class Add(Morphism):
 
     def perturb(self, capture, group, theta, responses, fresh):
         path, outside = group.path, outside_of(capture)
-        templates = group.static["template"].tolist()
+        templates = group.static["template"].reshape(-1).tolist()
         if fresh:
             observer = Observer(path, ("new",))
             live = path.live_variables(templates)
@@ -116,25 +116,45 @@ class Add(Morphism):
         seen, cotangents = [], []
         for index, (leaf, node) in enumerate(_reads(group.site)):
             patches = node.operation.unfold(perturbed.values[leaf.tensor])
-            seen.append(_unit_patches(group.path, leaf.tensor, patches))
+            seen.append(self._together(_unit_patches(group.path, leaf.tensor, patches)))
             stacked = capture.cotangents[consumer_taps(group.site)[index]]
             outputs = stacked.shape[-1]
             positions = seen[-1].shape[2] or tf.shape(seen[-1])[2]
             cotangents.append(tf.reshape(stacked, (stacked.shape[0], -1, positions, outputs)))
-        sums = (dense_sums if _dense(group.site) else kronecker_sums)(seen, cotangents)
-        return {**sums, **_energies(capture, group, perturbed)}
+        sums = (dense_sums if self._dense(group.site) else kronecker_sums)(seen, cotangents)
+        energies = _energies(capture, group, perturbed)
+        energies["energy"] = tf.reduce_mean(tf.reshape(energies["energy"], (-1, self.together)), 1)
+        return {**sums, **energies}
 
     def no_equations(self, group):
-        sizes = [(taps * blocks, outputs) for taps, blocks, outputs in _phi_shapes(group.site)]
-        return zero_sums(len(group.units), sizes, _dense(group.site))
+        sizes = [
+            (self.together * taps * blocks, outputs)
+            for taps, blocks, outputs in _phi_shapes(group.site)
+        ]
+        return zero_sums(len(group.units), sizes, self._dense(group.site))
 
     def solve(self, group, sums, damping):
         solution, start, solved = solve_sums(sums, damping), 0, {}
-        for index, shape in enumerate(_phi_shapes(group.site)):
+        for index in range(len(group.site.consumers)):
+            shape = group.theta[f"phi/{index}"].shape[1:]
             size = int(np.prod(shape))
             solved[f"phi/{index}"] = tf.reshape(solution[:, start : start + size], (-1, *shape))
             start += size
         return solved
+
+    def _dense(self, site) -> bool:
+        sizes = (int(np.prod(shape)) for shape in _phi_shapes(site))
+        return self.together * sum(sizes) <= DENSE_LIMIT
+
+    def _together(self, patches):
+        """`[N, n * k, P, A] -> [N, n, P, k * A]`: k units of a candidate have one closed form."""
+        if self.together == 1:
+            return patches
+        positions, size = patches.shape[2] or tf.shape(patches)[2], patches.shape[3]
+        apart = tf.reshape(patches, (tf.shape(patches)[0], -1, self.together, positions, size))
+        apart = tf.transpose(apart, (0, 1, 3, 2, 4))
+        units = patches.shape[1] // self.together
+        return tf.reshape(apart, (-1, units, positions, self.together * size))
 
     def choose_damping(self, group, first, second):
         del group
@@ -184,10 +204,6 @@ def _phi_shapes(site) -> list[tuple[int, int, int]]:
         taps = int(np.prod(node.operation.kernel_spatial, dtype=np.int64))
         shapes.append((taps, leaf.channels.blocks, node.operation.growth_units))
     return shapes
-
-
-def _dense(site) -> bool:
-    return sum(int(np.prod(shape)) for shape in _phi_shapes(site)) <= DENSE_LIMIT
 
 
 def _unit_patches(path, tensor, patches):

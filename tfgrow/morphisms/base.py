@@ -66,7 +66,7 @@ class Group:
       morphism: the `Morphism`.
       site: their site.
       units: int array `[n]`.
-      path: the site's path for `n` units.
+      path: the site's path for the candidates' units.
       scales: natural size of the entries of each learned parameter, `[n]` per name.
       static: integer state (which shapes the computation), stacked.
       theta: float parameters and state, stacked: `[n, ...]` per name.
@@ -76,7 +76,7 @@ class Group:
         self.morphism = morphism
         self.site = candidates[0].site
         self.units = np.asarray([candidate.unit for candidate in candidates], dtype=np.int64)
-        self.path = Path(self.site, len(self.units))
+        self.path = Path(self.site, len(self.units) * morphism.together)
         self.scales = morphism.scale(self.site, self.units)
         stacked = _stack([{**c.state, **c.theta} for c in candidates])
         self.static = {k: v for k, v in stacked.items() if v.dtype.kind == "i"}
@@ -112,11 +112,17 @@ def _responses(capture: Capture, groups: Sequence[Group], thetas: Sequence[Theta
     responses: list = [[] for _ in groups]
     for members in by_site.values():
         site = groups[members[0]].site
-        sizes = [len(groups[number].units) for number in members]
+        sizes = [groups[number].path.count for number in members]
         inputs = producer_inputs(capture, site)
         for producer, (node, read) in enumerate(zip(site.producers, inputs, strict=True)):
             weights = {
-                name: tf.concat([thetas[number][name] for number in members], axis=0)
+                name: tf.concat(
+                    [
+                        single_units(groups[number].morphism, thetas[number][name])
+                        for number in members
+                    ],
+                    axis=0,
+                )
                 for name in (
                     parameter_name(own, producer) for own in node.operation.growable_variables()
                 )
@@ -126,6 +132,13 @@ def _responses(capture: Capture, groups: Sequence[Group], thetas: Sequence[Theta
             for number, part in zip(members, _parts(together, sizes), strict=True):
                 responses[number].append(part)
     return responses
+
+
+def single_units(morphism: Morphism, values):
+    """Stacked parameters by unit: `[n, together, ...] -> [n * together, ...]`."""
+    if morphism.together == 1:
+        return values
+    return tf.reshape(values, (-1, *values.shape[2:]))
 
 
 def _parts(values, sizes: Sequence[int]) -> list:
@@ -170,6 +183,8 @@ class Morphism:
       edits_unit: whether a candidate edits the old unit it names, so that two such candidates
         exclude each other; else it brings something new.
       units: by how many units a candidate changes the width of its site.
+      together: how many units a candidate is made of; if more than one, theta and state have an
+        axis for them behind that of the candidates.
     """
 
     name: ClassVar[str]
@@ -178,6 +193,7 @@ class Morphism:
     reads_producer: ClassVar[bool] = True
     edits_unit: ClassVar[bool] = True
     units: ClassVar[int] = 1
+    together: ClassVar[int] = 1
 
     def reason(self, site: Site) -> str | None:
         """Why this kind of edit is not possible at a site; None if it is."""

@@ -14,6 +14,7 @@ from tfgrow.graph.nodes import trace
 from tfgrow.graph.sites import Site, sites_of
 from tfgrow.graph.versions import version_of
 from tfgrow.morphisms.add import Add
+from tfgrow.morphisms.add_group import AddGroup
 from tfgrow.morphisms.base import Candidate, Group, Morphism
 from tfgrow.morphisms.deepen import Deepen
 from tfgrow.morphisms.enlarge_kernel import EnlargeKernel
@@ -24,7 +25,15 @@ from tfgrow.types import Cost
 
 MORPHISMS: dict[str, Morphism] = {
     morphism.name: morphism
-    for morphism in (Split(), Add(), Prune(), EnlargeKernel(), Deepen(), Skip())
+    for morphism in (
+        Split(),
+        Add(),
+        AddGroup(),
+        Prune(),
+        EnlargeKernel(),
+        Deepen(),
+        Skip(),
+    )
 }
 
 

@@ -78,11 +78,11 @@ class GaussNewtonOracle(GrowthOracle):
         super().__init__(objective=objective, growth_per_step=growth_per_step, **kwargs)
         self.morphisms = tuple(several(morphisms))
         self._removes = any(kind.units < 0 for kind in self.morphisms)
-        others = [kind.name for kind in self.morphisms if kind.units < 1]
+        others = [kind.name for kind in self.morphisms if kind.units != 1]
         if others and (self._limits.round_to or 1) > 1:
             raise ValueError(
-                f"round_to={self._limits.round_to} works with morphisms that add units; found "
-                f"{[kind.name for kind in self.morphisms]}. Leave out round_to, or {others}."
+                f"round_to={self._limits.round_to} works with morphisms that add single units; "
+                f"found {[kind.name for kind in self.morphisms]}. Leave out round_to, or {others}."
             )
         if not (isinstance(learning_rate, (int, float)) and 0 < learning_rate < math.inf):
             raise ValueError(f"learning_rate must be a finite number > 0. Found: {learning_rate!r}")
