@@ -373,3 +373,10 @@ def test_layer_without_a_config_is_named():
     stock = keras.Sequential([keras.Input((3,)), twice])
     with pytest.raises(ValueError, match=r"'twice' \(Times\) can't be made anew from its config"):
         tfgrow.convert(stock)
+
+
+def test_operations_are_not_shared_with_the_stock_model():
+    stock = by_name("spatial_gate_and_operations").stock()
+    model = tfgrow.convert(stock)
+    assert not {id(o) for o in model.operations} & {id(o) for o in stock.operations}
+    assert [o.name for o in model.operations] == [o.name for o in stock.operations]

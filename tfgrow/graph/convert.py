@@ -129,12 +129,19 @@ class _Twins:
         return self._pairs[id(layer)][1]
 
     def operation(self, operation, prefix: str):
-        """A Keras operation, or a copy by another name where its own would stand twice."""
-        if not prefix or operation.name not in self._ambiguous:
-            return operation
+        """A copy of a Keras operation, by another name where its own would stand twice.
+
+        Called in two models, an operation would hold on to both, and keep every copy alive.
+        """
         if id(operation) not in self._operations:
-            name = self._free_name(operation, prefix)
-            self._operations[id(operation)] = _from_config(_copy, operation, name=name)
+            other_name = prefix and operation.name in self._ambiguous
+            name = self._free_name(operation, prefix) if other_name else operation.name
+            try:
+                self._operations[id(operation)] = _from_config(_copy, operation, name=name)
+            except ValueError:
+                if other_name:
+                    raise
+                self._operations[id(operation)] = operation  # it can't be made from a config
         return self._operations[id(operation)]
 
     def _free_name(self, operation, prefix: str) -> str:
