@@ -540,3 +540,10 @@ def test_time_distributed_dense_under_a_mask():
     x = inputs_of(stock, 3)
     x[:, 2:] = 0.0
     np.testing.assert_allclose(outputs(tfgrow.convert(stock), x), outputs(stock, x), atol=1e-6)
+
+
+def test_operations_are_not_shared_with_the_stock_model():
+    stock = by_name("spatial_gate_and_operations").stock()
+    model = tfgrow.convert(stock)
+    assert not {id(o) for o in model.operations} & {id(o) for o in stock.operations}
+    assert [o.name for o in model.operations] == [o.name for o in stock.operations]

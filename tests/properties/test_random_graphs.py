@@ -94,7 +94,7 @@ def check_rest(recipe, seed):
         return
     costs = CostModel(graph, sites).extra({name: units + 1 for name, units in free.items()})
     params, flops = model.count_params(), model_flops(graph)
-    shapes = [layer.output.shape for layer in model.layers if called_once(layer)]
+    shapes = [layer.output.shape for layer in stock.layers if called_once(layer)]
     candidates = tfgrow.candidates(model, new_units=1, seed=seed)
     event = tfgrow.apply(model, at_scale(candidates, 0.0))
     close(outputs(model, x), before)
