@@ -8,6 +8,7 @@ from keras import layers
 
 import tfgrow
 from tests.cases import CASES, by_name, class_data, regression_data
+from tfgrow.capture import capture as capturing
 from tfgrow.capture.capture import (
     capture,
     consumer_taps,
@@ -139,3 +140,29 @@ def test_head_needs_one_output():
         find_head(trace(two))
     with pytest.raises(ValueError, match="output is one of its inputs"):
         find_head(trace(keras.Model(inputs, inputs)))
+
+
+def test_backward_passes_of_deep_models_run_in_a_loop(monkeypatch):
+    """They are the same ones, traced once."""
+    net = Net(by_name(SMOOTH[0]).model(), "mse")
+    outputs = int(net.values[net.head.tap].shape[-1])
+
+    def columns(logits):
+        return [logits * (1.0 + number) for number in range(outputs)]
+
+    def of_batch(x):
+        found = capture(net.graph, net.head, x, net.taps, lambda logits: logits, columns)
+        return found.cotangents
+
+    def operations():
+        traced = tf.function(of_batch).get_concrete_function(net.x)
+        return len(traced.graph.get_operations()), traced(net.x)
+
+    flat, expected = operations()
+    monkeypatch.setattr(capturing, "DEEP", 0)
+    looped, found = operations()
+    assert looped < flat
+    assert found.keys() == expected.keys()
+    for tap, value in found.items():
+        assert value.shape == expected[tap].shape
+        np.testing.assert_allclose(value, expected[tap], rtol=1e-5, atol=1e-6)

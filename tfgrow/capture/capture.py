@@ -13,6 +13,13 @@ from tfgrow.graph.nodes import Graph
 from tfgrow.graph.sites import Leaf, Site
 from tfgrow.layers.stateless import changes_nothing
 
+DEEP = 100
+"""Of models of more layers, the backward passes of all columns run in a loop: it is traced once.
+
+Exact curvature of a ResNet50V2 of 10 classes is traced and run in 3.6 instead of 6.5 seconds. Small
+models are traced soon, and run a fifth faster without the loop.
+"""
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Capture:
@@ -152,7 +159,7 @@ def capture(
         values = execute(graph, prepare_inputs(graph, x), watch)
         logits = values[head.tap]
 
-    def back_propagate(cotangent):
+    def back_propagate(cotangent) -> list:
         gradients = tape.gradient(
             logits,
             [values[tap] for tap in taps],
@@ -161,15 +168,21 @@ def capture(
         )
         for tap, gradient in zip(taps, gradients, strict=True):
             gradient.set_shape(values[tap].shape)  # some gradients forget it
-        return {tap: tf.stop_gradient(g) for tap, g in zip(taps, gradients, strict=True)}
+        return [tf.stop_gradient(gradient) for gradient in gradients]
 
-    passes = [back_propagate(gradient_of(logits))]
+    first = gradient_of(logits)
     if reuse_gradient is not None:
-        passes.append({tap: reuse_gradient(value) for tap, value in passes[0].items()})
+        gradients = back_propagate(first)
+        passes = [tf.stack([value, reuse_gradient(value)]) for value in gradients]
+    elif len(graph.nodes) > DEEP:
+        cotangents = tf.stack([first, *columns_of(logits)])
+        kinds = [tf.TensorSpec(values[tap].shape, values[tap].dtype) for tap in taps]
+        passes = tf.map_fn(back_propagate, cotangents, fn_output_signature=kinds)
     else:
-        passes += [back_propagate(column) for column in columns_of(logits)]
+        each = [back_propagate(one) for one in (first, *columns_of(logits))]
+        passes = [tf.stack(of_tap) for of_tap in zip(*each, strict=True)]
     stopped = {tap: tf.stop_gradient(value) for tap, value in values.items()}
-    return Capture(stopped, {tap: tf.stack([one[tap] for one in passes]) for tap in taps})
+    return Capture(stopped, dict(zip(taps, passes, strict=True)))
 
 
 def observe(graph: Graph, x) -> Capture:
