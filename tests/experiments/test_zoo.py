@@ -143,6 +143,7 @@ def test_a_wrong_edit_is_seen(monkeypatch):
 
     monkeypatch.setattr(tfgrow, "export", fails)
     monkeypatch.setattr(specimen.Specimen, "_learn", fails)
+    monkeypatch.setattr(specimen.Specimen, "_score", lambda self: None)
     monkeypatch.setattr(specimen.Specimen, "_apply", lambda self: None)
     found = specimen.Specimen(tiny, QUICK).examine()
     assert found["morphisms"]["add"]["unchanged"] > zoo.SAME
