@@ -286,11 +286,14 @@ class Specimen:
                     found |= against(estimated, true, self.result["loss"])
 
     def _apply(self) -> None:
-        """All at once, in place."""
+        """All small steps at once, in place; then what can only be done as a whole."""
+        small = [row for row, c in enumerate(self.learned) if _scalable(c)]
         before = self._loss()
-        event = tfgrow.apply(self.model, self.learned)
-        found = against(self.interaction.change(), self._loss() - before, before)
+        event = tfgrow.apply(self.model, [self.learned[row] for row in small])
+        found = against(self.interaction.change(small), self._loss() - before, before)
         self.result |= {"all": found, "params_after": event.params_after}
+        for name in {c.morphism for c in self.learned if not _scalable(c)}:
+            change_nothing(self.model, name, self.sites[:1])
 
     def _loss(self) -> float:
         images, labels = self.data
@@ -317,6 +320,10 @@ class Specimen:
                 self.result["exported"] = difference(found, expected)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _scalable(candidate: tfgrow.Candidate) -> bool:
+    return get(candidate.morphism).scaled(candidate, 0.0) is not None
 
 
 def against(estimated: float, true: float, loss: float) -> dict[str, float | None]:
