@@ -180,6 +180,43 @@ def plot_accuracy_params(rows: Sequence[Mapping[str, Any]], path: str | os.PathL
     return write(figure, path)
 
 
+def plot_removal(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> Path:
+    """Draws test loss and accuracy against the parameters removed, a line per method.
+
+    Args:
+      rows: one mapping per network: `method`, `removed` (percent), `loss`, `accuracy` (0..1).
+        Rows with nothing removed are where every line starts.
+      path: the file to write.
+
+    Returns:
+      The path written.
+
+    Raises:
+      ValueError: if there are no rows with something removed.
+    """
+    start = [row for row in rows if not row["removed"]]
+    methods = list(dict.fromkeys(row["method"] for row in rows if row["removed"]))
+    if not methods:
+        raise ValueError("plot_removal needs a row with something removed, found none.")
+    figure = new_figure(8.4, 4.0)
+    left, right = figure.subplots(1, 2)
+    for number, (method, color) in enumerate(zip(methods, colors(len(methods)), strict=True)):
+        mine = start + [row for row in rows if row["method"] == method and row["removed"]]
+        mine = sorted(mine, key=lambda row: row["removed"])
+        removed = [row["removed"] for row in mine]
+        marker = MARKERS[number % len(MARKERS)]
+        left.plot(removed, [row["loss"] for row in mine], color=color, marker=marker, label=method)
+        accuracy = [100 * row["accuracy"] for row in mine]
+        right.plot(removed, accuracy, color=color, marker=marker)
+    left.set_ylabel("test loss")
+    right.set_ylabel("test accuracy (%)")
+    for axes in (left, right):
+        axes.set_xlabel("parameters removed (%)")
+        axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
+    left.legend(frameon=False)
+    return write(figure, path)
+
+
 def _draw_widths(
     axes: Any,
     events: Sequence[Any],

@@ -153,9 +153,9 @@ def _new_rows(site) -> list:
     for leaf in site.leaves:
         for node in leaf.consumers:
             layer = node.operation
-            kernel = layer.growable_variables()["kernel"]
+            kernel = layer.growable_variables()[layer.kernel_name]
             shape = [1] * len(kernel.shape)
-            shape[layer.variable_axes["kernel"].fan_in] = -1
+            shape[layer.variable_axes[layer.kernel_name].fan_in] = -1
             mask = np.zeros(leaf.channels.size, dtype="float32")
             mask[leaf.channels.index[-1]] = 1.0
             mask = mask.reshape(shape)

@@ -286,14 +286,31 @@ class Specimen:
                     found |= against(estimated, true, self.result["loss"])
 
     def _apply(self) -> None:
-        """All small steps at once, in place; then what can only be done as a whole."""
-        small = [row for row, c in enumerate(self.learned) if _scalable(c)]
+        """Small steps of as many kinds as go together, in place; then the others, each by itself.
+
+        Some kinds exclude each other, and some can only be done as a whole.
+        """
+        kinds = list(dict.fromkeys(c.morphism for c in self.learned))
+        together = [k for k in kinds if all(map(_scalable, self._of_kind(k)))]
         before = self._loss()
-        event = tfgrow.apply(self.model, [self.learned[row] for row in small])
-        found = against(self.interaction.change(small), self._loss() - before, before)
-        self.result |= {"all": found, "params_after": event.params_after}
-        for name in {c.morphism for c in self.learned if not _scalable(c)}:
-            change_nothing(self.model, name, self.sites[:1])
+        while together:
+            rows = [row for row, c in enumerate(self.learned) if c.morphism in together]
+            try:
+                event = tfgrow.apply(self.model, [self.learned[row] for row in rows])
+            except ValueError:
+                if len(together) == 1:
+                    raise
+                together.pop()
+                continue
+            found = against(self.interaction.change(rows), self._loss() - before, before)
+            self.result |= {"all": found, "together": together, "params_after": event.params_after}
+            break
+        for kind in kinds:
+            if kind not in together:
+                change_nothing(self.model, kind, self.sites[:1])
+
+    def _of_kind(self, kind: str) -> list[tfgrow.Candidate]:
+        return [candidate for candidate in self.learned if candidate.morphism == kind]
 
     def _loss(self) -> float:
         images, labels = self.data

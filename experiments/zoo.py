@@ -213,7 +213,7 @@ def page(results: Sequence[Mapping[str, Any]]) -> str:
         "on the samples they were learned on; the true change of the mean loss is in brackets. "
         "What can only be done as a whole (removals) is estimated as a whole: with closed forms "
         "from so few samples of an untrained network, that is no small change, and it is not "
-        "among `all`.",
+        "among `all`, which are those of as many kinds as can be applied at once.",
         tables.markdown(*table(results)),
     ]
     if stuck := [one for one in results if one.get("sites") == 0]:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import keras
 import numpy as np
-from keras import layers
+from keras import layers, ops
 
 import tfgrow
 from tfgrow.capture.capture import observe
@@ -29,12 +29,14 @@ class Case:
       build: makes the stock model.
       sites: names of the sites that can grow, in order.
       smooth: whether the model has no kinks, so that finite differences are exact.
+      expanded: whether convert takes layers apart, so that strip leaves other ones than there were.
     """
 
     name: str
     build: Callable[[], keras.Model]
     sites: tuple[str, ...]
     smooth: bool = False
+    expanded: bool = False
 
     def stock(self, seed: int = 0) -> keras.Model:
         """The stock model, with weights and statistics as if it had been trained."""
@@ -51,11 +53,11 @@ class Case:
 CASES: list[Case] = []
 
 
-def case(*sites: str, smooth: bool = False):
+def case(*sites: str, smooth: bool = False, expanded: bool = False):
     """Puts a function that builds a model into the table."""
 
     def enter(build):
-        CASES.append(Case(build.__name__, build, sites, smooth))
+        CASES.append(Case(build.__name__, build, sites, smooth, expanded))
         return build
 
     return enter
@@ -81,10 +83,12 @@ def randomize(model: keras.Model, seed: int = 0) -> None:
 
 
 def inputs_of(model: keras.Model, samples: int, seed: int = 0):
-    """Random inputs: one array, or a list for a model of several inputs."""
+    """Random inputs: one array, or a list for a model of several inputs. Ids are under 5."""
     rng = np.random.default_rng(seed)
     arrays = [
-        rng.standard_normal((samples, *tensor.shape[1:])).astype("float32")
+        rng.integers(5, size=(samples, *tensor.shape[1:])).astype(tensor.dtype)
+        if "int" in tensor.dtype
+        else rng.standard_normal((samples, *tensor.shape[1:])).astype("float32")
         for tensor in model.inputs
     ]
     return arrays[0] if len(arrays) == 1 else arrays
@@ -385,6 +389,171 @@ def two_inputs():
     x = layers.Add(name="add")([x, two])
     x = layers.Dense(3, activation="relu", name="hidden")(x)
     return keras.Model([one, two], layers.Dense(2, name="out")(x))
+
+
+@case("up1", "up2")
+def transposed_1d():
+    inputs = keras.Input((4, 2))
+    x = layers.Conv1DTranspose(3, 3, strides=2, padding="same", name="up1")(inputs)
+    x = layers.BatchNormalization(name="bn")(x)
+    x = layers.Activation("gelu", name="gelu")(x)
+    x = layers.Conv1DTranspose(2, 2, use_bias=False, activation="tanh", name="up2")(x)
+    x = layers.Flatten(name="flatten")(x)
+    return keras.Model(inputs, layers.Dense(2, name="out")(x))
+
+
+@case("conv1", "up1", "up2")
+def transposed_2d():
+    inputs = keras.Input((4, 5, 2))
+    x = layers.Conv2D(3, 2, activation="relu", name="conv1")(inputs)
+    x = layers.Conv2DTranspose(3, (3, 2), strides=(2, 1), padding="same", name="up1")(x)
+    x = layers.BatchNormalization(name="bn")(x)
+    x = layers.LeakyReLU(name="leaky")(x)
+    x = layers.Conv2DTranspose(
+        2, 2, strides=2, output_padding=1, activation="relu", use_bias=False, name="up2"
+    )(x)
+    return keras.Model(inputs, layers.Conv2D(2, 1, name="out")(x))
+
+
+@case("conv1", "up1")
+def transposed_3d():
+    inputs = keras.Input((2, 3, 2, 1))
+    x = layers.Conv3D(2, 1, activation="relu", name="conv1")(inputs)
+    x = layers.Conv3DTranspose(2, 2, strides=(1, 2, 1), activation="relu", name="up1")(x)
+    x = layers.Conv3DTranspose(2, 1, name="up2")(x)
+    x = layers.GlobalAveragePooling3D(name="gap")(x)
+    return keras.Model(inputs, x)
+
+
+@case("one", "two", "three", smooth=True)
+def einsum_dense():
+    inputs = keras.Input((4, 3))
+    x = layers.EinsumDense("abc,cd->abd", (4, 3), bias_axes="d", activation="tanh", name="one")(
+        inputs
+    )
+    x = layers.BatchNormalization(name="bn")(x)
+    x = layers.EinsumDense("...x,xy->...y", 3, activation="softplus", name="two")(x)
+    x = layers.Dense(2, activation="tanh", name="three")(x)
+    x = layers.Flatten(name="flatten")(x)
+    return keras.Model(inputs, layers.EinsumDense("ab,bc->ac", 2, bias_axes="c", name="out")(x))
+
+
+@case("tokens", "users", "conv", "hidden")
+def embedding():
+    tokens = keras.Input((4,), dtype="int32", name="sentence")
+    user = keras.Input((), dtype="int32", name="user")
+    spread = keras.initializers.RandomNormal(stddev=1.0)
+    x = layers.Embedding(6, 3, embeddings_initializer=spread, name="tokens")(tokens)
+    x = layers.BatchNormalization(name="bn")(x)
+    x = layers.Activation("tanh", name="tanh")(x)
+    x = layers.Conv1D(2, 2, name="conv")(x)
+    x = layers.GlobalMaxPooling1D(name="pool")(x)
+    y = layers.Embedding(5, 2, embeddings_initializer=spread, name="users")(user)
+    y = layers.Dropout(0.3, name="drop")(y)
+    y = layers.ELU(name="elu")(y)
+    y = layers.Dense(2, name="of_user")(y)
+    x = layers.Add(name="add")([x, y])
+    x = layers.Dense(3, activation="tanh", name="hidden")(x)
+    return keras.Model([tokens, user], layers.Dense(2, name="out")(x))
+
+
+@case("conv1", "conv2")
+def depthwise_1d():
+    inputs = keras.Input((7, 2))
+    x = layers.Conv1D(2, 2, name="conv1")(inputs)
+    x = layers.DepthwiseConv1D(3, padding="same", activation="relu", name="dw1")(x)
+    x = layers.BatchNormalization(name="bn")(x)
+    x = layers.Conv1D(2, 1, name="conv2")(x)
+    x = layers.DepthwiseConv1D(2, strides=2, depth_multiplier=2, use_bias=False, name="dw2")(x)
+    x = layers.ReLU(name="relu")(x)
+    x = layers.Flatten(name="flatten")(x)
+    return keras.Model(inputs, layers.Dense(2, name="out")(x))
+
+
+@case("conv1", "conv2")
+def instance_normalization():
+    inputs = keras.Input((4, 4, 2))
+    x = layers.Conv2D(3, 2, name="conv1")(inputs)
+    x = layers.GroupNormalization(groups=-1, name="norm1")(x)
+    x = layers.ReLU(name="relu1")(x)
+    x = layers.Conv2D(2, 2, padding="same", name="conv2")(x)
+    x = layers.GroupNormalization(groups=2, scale=False, epsilon=0.1, name="norm2")(x)
+    x = layers.Activation("tanh", name="tanh")(x)
+    x = layers.Flatten(name="flatten")(x)
+    return keras.Model(inputs, layers.Dense(2, name="out")(x))
+
+
+@case("conv1", "conv2", "conv3", "conv4")
+def reshaped():
+    inputs = keras.Input((4, 4, 2))
+    x = layers.Conv2D(3, 1, activation="tanh", name="conv1")(inputs)
+    x = layers.Reshape((16, 3), name="to_sequence")(x)
+    x = layers.BatchNormalization(name="bn")(x)
+    x = layers.Conv1D(2, 2, strides=2, activation="relu", name="conv2")(x)
+    x = layers.Reshape((-1, 4), name="in_pairs")(x)
+    x = layers.Dense(3, name="conv3")(x)
+    x = layers.Reshape((2, 2, 3), name="to_image")(x)
+    x = layers.Permute((2, 1, 3), name="permute")(x)
+    x = layers.PReLU(name="prelu")(x)
+    x = layers.Conv2D(2, 1, activation="gelu", name="conv4")(x)
+    x = layers.Reshape((-1,), name="to_vector")(x)
+    return keras.Model(inputs, layers.Dense(2, name="out")(x))
+
+
+@case("conv1", "conv2", "dense")
+def resized_and_repeated():
+    inputs = keras.Input((4, 4, 2))
+    x = layers.Conv2D(3, 1, activation="relu", name="conv1")(inputs)
+    x = layers.RandomFlip(seed=1, name="flip")(x)
+    x = layers.RandomRotation(0.1, seed=1, name="rotate")(x)
+    x = layers.CenterCrop(3, 3, name="crop")(x)
+    x = layers.Resizing(4, 5, name="resize")(x)
+    x = layers.Conv2D(2, 2, activation="relu", name="conv2")(x)
+    x = layers.RandomContrast(0.1, seed=1, name="contrast")(x)
+    x = layers.AdaptiveAveragePooling2D(2, name="adaptive")(x)
+    x = layers.Flatten(name="flatten")(x)
+    x = layers.Dense(3, activation="relu", name="dense")(x)
+    x = layers.RepeatVector(3, name="repeat")(x)
+    return keras.Model(inputs, layers.Dense(2, name="out")(x))
+
+
+@case("conv1", "conv2", "dense")
+def operations():
+    inputs = keras.Input((4, 4, 2))
+    x = layers.Conv2D(3, 2, name="conv1")(inputs)
+    x = ops.relu6(3.0 - x * 5.0) / 6.0
+    x = layers.BatchNormalization(name="bn")(x)
+    x = ops.leaky_relu(x, negative_slope=0.1)
+    x = layers.Conv2D(2, 1, name="conv2")(x)
+    x = ops.gelu(ops.clip(x, -2.0, 2.0) + np.float32(0.1))
+    x = layers.Flatten(name="flatten")(x)
+    x = layers.Dense(3, name="dense")(-x)
+    x = ops.sigmoid(ops.maximum(x, -1.0) ** 2)
+    return keras.Model(inputs, layers.Dense(2, name="out")(ops.cast(x, "float32")))
+
+
+@case("conv", "one", "two", expanded=True)
+def separable():
+    inputs = keras.Input((5, 5, 2))
+    x = layers.Conv2D(2, 1, activation="relu", name="conv")(inputs)
+    x = layers.SeparableConv2D(
+        3, 3, padding="same", depth_multiplier=2, activation="relu", name="one"
+    )(x)
+    x = layers.SeparableConv2D(2, 2, strides=2, use_bias=False, name="two")(x)
+    x = layers.BatchNormalization(name="bn")(x)
+    x = layers.ReLU(name="relu")(x)
+    x = layers.Flatten(name="flatten")(x)
+    return keras.Model(inputs, layers.Dense(2, name="out")(x))
+
+
+@case("inner", "separable", expanded=True)
+def time_distributed():
+    inputs = keras.Input((5, 3))
+    dense = layers.Dense(3, activation="tanh", name="inner")
+    x = layers.TimeDistributed(dense, name="outer")(inputs)
+    x = layers.SeparableConv1D(2, 2, activation="relu", name="separable")(x)
+    x = layers.TimeDistributed(layers.Dense(2, name="last"), name="outer2")(x)
+    return keras.Model(inputs, x)
 
 
 @case("stem", "bottleneck", "project", smooth=True)

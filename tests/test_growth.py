@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import tfgrow
 from tests.cases import CASES, by_name, inputs_of, prepare, randomize, regression_data
@@ -63,6 +64,44 @@ def test_widening_by_hand_preserves_the_function(case):
             {"site": name, "morphism": "add", "units": list(range(1 + number))},
         )
     np.testing.assert_allclose(outputs(model, x), before, atol=1e-5)
+
+
+KINDS = [
+    "depthwise_1d", "einsum_dense", "embedding", "instance_normalization", "operations",
+    "reshaped", "resized_and_repeated", "separable", "time_distributed", "transposed_1d",
+    "transposed_2d", "transposed_3d",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_layer_trains_on_and_leaves_no_trace(name, tmp_path):
+    """Slots, files, strip and export after growth of all sites at once."""
+    net = prepare(by_name(name))
+    model, (x, y) = net.model, net.data
+    model.compile(keras.optimizers.Adam(0.01), "mse")
+    model.train_on_batch(x, y)
+    tfgrow.apply(model, net.candidates)
+    model.train_on_batch(x, y)
+    assert int(model.optimizer.iterations) == 2
+    by_path = {variable.path: variable for variable in model.optimizer.variables}
+    for variable in model.trainable_variables:
+        slot = by_path[f"adam/{variable.path.replace('/', '_')}_velocity"]
+        assert slot.shape == variable.shape
+        assert np.any(slot), f"{variable.path} starts dead"
+    expected = outputs(model, x)
+    model.save(tmp_path / "grown.keras")
+    loaded = keras.models.load_model(tmp_path / "grown.keras")
+    np.testing.assert_allclose(outputs(loaded, x), expected, atol=1e-6)
+    for mine, theirs in zip(loaded.optimizer.variables, model.optimizer.variables, strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    loaded.train_on_batch(x, y)
+    plain = tfgrow.strip(model)
+    np.testing.assert_allclose(outputs(plain, x), expected, atol=1e-6)
+    assert all(type(layer).__module__.startswith("keras.") for layer in plain.layers)
+    tfgrow.export(model, tmp_path / "served", verbose=False)
+    served = tf.saved_model.load(str(tmp_path / "served"))  # functions don't keep it alive
+    np.testing.assert_allclose(served.serve(x), expected, atol=1e-5)
 
 
 def compiled(optimizer=None):

@@ -17,6 +17,7 @@ In an ordinary `model.fit`:
 """
 
 from tfgrow import callbacks, layers, schedules
+from tfgrow.deepening import deepen
 from tfgrow.estimator import GaussNewtonEstimator
 from tfgrow.export import export
 from tfgrow.graph.convert import convert, strip
@@ -45,6 +46,7 @@ __all__ = [
     "callbacks",
     "candidates",
     "convert",
+    "deepen",
     "export",
     "find_sites",
     "layers",

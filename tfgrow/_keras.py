@@ -26,6 +26,30 @@ def calls_of(functional: Any) -> Iterator[Any]:
         yield from (call for call in functional._nodes_by_depth[depth] if not call.is_input)
 
 
+def calls_behind(tensor: Any, known: set[int]) -> list[Any]:
+    """The calls that made a symbolic tensor, producers before consumers.
+
+    Args:
+      tensor: the tensor.
+      known: ids of the tensors at which to stop.
+    """
+    calls: list[Any] = []
+    visited = set()
+
+    def visit(tensor: Any) -> None:
+        operation, index, _ = tensor._keras_history
+        if id(tensor) in known or (id(operation), index) in visited:
+            return
+        visited.add((id(operation), index))
+        call = operation._inbound_nodes[index]
+        for read in call.input_tensors:
+            visit(read)
+        calls.append(call)
+
+    visit(tensor)
+    return calls
+
+
 def called_by_others(model: keras.Model) -> bool:
     """Whether a model was called on symbolic tensors, and so is a part of another graph."""
     return bool(model._inbound_nodes)
@@ -36,6 +60,11 @@ def readers_of(layer: keras.layers.Layer) -> Iterator[keras.Operation]:
     return (call.operation for call in layer._outbound_nodes)
 
 
+def recorded_calls(operation: keras.Operation) -> list[tuple[tuple, dict]]:
+    """Positional and keyword arguments of an operation's calls on symbolic tensors."""
+    return [(call.arguments.args, call.arguments.kwargs) for call in operation._inbound_nodes]
+
+
 def layers_within(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
     """The layer and all layers in it, however deep, in the order it keeps them."""
     return list(layer._flatten_layers())
@@ -44,6 +73,11 @@ def layers_within(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
 def optimizer_weights(optimizer: keras.optimizers.Optimizer) -> list[keras.Variable]:
     """The weights that a built optimizer was built on; its slot lists follow this order."""
     return list(optimizer._trainable_variables)
+
+
+def own_variables(optimizer: keras.optimizers.Optimizer) -> list[keras.Variable]:
+    """An optimizer's variables in the order of files, without those of one that it wraps."""
+    return list(optimizer._variables)
 
 
 def trusting_configs() -> AbstractContextManager:
@@ -59,6 +93,11 @@ def takes_training(operation: Any) -> bool:
 def takes_mask(operation: Any) -> bool:
     """Whether a layer's call has a `mask` argument."""
     return bool(getattr(operation, "_call_has_mask_arg", False))
+
+
+def compiled_loss_weights(model: keras.Model) -> Any:
+    """The `loss_weights` that a model was compiled with, None for none."""
+    return getattr(model._compile_loss, "_user_loss_weights", None)
 
 
 def compile_arguments(model: keras.Model) -> dict[str, Any]:

@@ -26,8 +26,8 @@ from tfgrow.measure import real_loss
 from tfgrow.oracle.base import GrowthOracle
 from tfgrow.oracle.guard import ALPHAS, Outcome, commit
 from tfgrow.peer_callbacks import carry_over
-from tfgrow.surgery.apply import growth_transaction
 from tfgrow.surgery.optimizer import check_optimizer
+from tfgrow.surgery.transaction import growth_transaction
 from tfgrow.types import GrowthEvent, Plan
 
 _NO_MODEL = {"_due": False, "_epochs_done": 0, "_trained": None, "_peers": (), "_newborn": None}
@@ -194,7 +194,7 @@ class Growth(keras.callbacks.Callback):
                 "data=(x_train, y_train)."
             )
         sites = find_sites(self.model)
-        if all(site.blocked for site in sites):
+        if not self.oracle.open_sites(sites):
             reasons = "; ".join(f"{site.name}: {site.blocked}" for site in sites)
             raise ValueError(f"Nothing in model '{self.model.name}' can grow. {reasons}")
         self.oracle.check(self.model, self.data)
@@ -223,12 +223,12 @@ class Growth(keras.callbacks.Callback):
     def _commit(self, plan: Plan, data) -> tuple[Outcome, dict[str, float]]:
         """Applies the plan as the guard allows; also returns the seconds that it took."""
         clock = time.perf_counter()
-        loss, model = self.model.loss, self.model
+        model = self.model
         alphas, tolerance = (ALPHAS, self.tolerance) if self.guard else ((1.0,), np.inf)
         outcome = commit(
             model,
             plan.candidates,
-            lambda grown: real_loss(grown, data.held_out, loss),
+            lambda grown: real_loss(grown, data.held_out),
             tolerance,
             alphas,
             estimate_of=lambda scaled: self.oracle.estimate(model, scaled, data.score),

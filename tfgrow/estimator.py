@@ -9,14 +9,14 @@ import numpy as np
 import tensorflow as tf
 
 from tfgrow._checks import require_whole
+from tfgrow._keras import compiled_loss_weights
 from tfgrow.capture.batches import batches_of, check_finite, forever
-from tfgrow.capture.capture import find_head
 from tfgrow.capture.checks import check_batch, check_loss
 from tfgrow.capture.execute import float32_compute
 from tfgrow.capture.path import needs_moments
-from tfgrow.curvature.loss_head import make_loss_head, resolve_curvature
 from tfgrow.curvature.normal import add_sums
-from tfgrow.graph.nodes import trace
+from tfgrow.curvature.total_loss import TotalLoss, make_total_loss
+from tfgrow.graph.nodes import Graph, trace
 from tfgrow.graph.versions import version_of
 from tfgrow.morphisms.base import Candidate
 from tfgrow.morphisms.registry import group_candidates
@@ -37,19 +37,26 @@ class GaussNewtonEstimator:
     For sample i and a perturbation D the change of the loss is taken as
     `g.D + 1/2 (J D)' H (J D)` (Lawton et al., arXiv 2411.05855), with g the gradient and J the
     Jacobian of the logits where D is linearised, and H the Hessian of the loss at the logits.
+    With several outputs the loss is the sum of what they cost, and H has a block for each of them.
     All changes are of the mean loss per sample; negative is better.
 
     Args:
       model: a growable model, built.
-      loss: what the estimate is of; the compiled loss by default.
+      loss: what the estimate is of, as `model.compile` takes it; by default the compiled loss with
+        its `loss_weights`.
       curvature: `"exact"` (one back-propagated column per logit), `"sampled"` (columns drawn so
         that the expectation is exact), `"empirical"` (the gradient as the only column) or
-        `"auto"` (exact up to 16 logits).
+        `"auto"` (exact up to 16 logits of all outputs together).
       draws: number of sampled columns.
       seed: of everything random in the estimate.
+      loss_weights: of the outputs' losses, as `model.compile` takes them, to go with `loss`.
+
+    Attributes:
+      curvature: the one in use; a tuple where outputs differ (`"auto"` is empirical for those whose
+        loss is piecewise linear).
 
     Raises:
-      ValueError: if there is no loss, the model has several outputs, or `curvature` is unknown.
+      ValueError: if there is no loss, losses and outputs don't match, or `curvature` is unknown.
 
     Example:
 
@@ -63,22 +70,22 @@ class GaussNewtonEstimator:
     (3,)
     """
 
-    def __init__(self, model: keras.Model, loss=None, curvature: str = "auto", draws=1, seed=0):
+    def __init__(
+        self,
+        model: keras.Model,
+        loss=None,
+        curvature: str = "auto",
+        draws=1,
+        seed=0,
+        loss_weights=None,
+    ):
         self.model = model
         self.seed = int(seed)
-        if loss is None:
-            loss = compiled_loss(model)
-        self._loss_identifier = loss
-        graph = trace(model)
-        head = find_head(graph)
-        logits_shape = graph.tensors[graph.outputs[0]].shape
-        self._graph = graph
-        self._loss = make_loss_head(loss, head.activation)
-        self._labels = self._loss.labels(logits_shape)
-        self.curvature = resolve_curvature(curvature, self._loss, logits_shape)
-        self._draws = draws
+        self._graph = trace(model)
+        self._loss = total_loss(model, self._graph, loss, loss_weights, curvature)
+        self.curvature = self._loss.curvature
         self._version = version_of(model)
-        self._passes = Passes(graph, head, self._loss, self.curvature, draws)
+        self._passes = Passes(self._graph, self._loss, draws)
         self._steps = 0
 
     def learn(
@@ -199,7 +206,10 @@ class GaussNewtonEstimator:
     def _batch_spec(self, batch):
         """Batches of any size; where the model leaves sizes free, of any size there too."""
         free = any(None in self._graph.tensors[tensor].shape[1:] for tensor in self._graph.inputs)
-        outputs = len(self._graph.tensors[self._graph.outputs[0]].shape)
+        ranks = [
+            len(self._graph.tensors[self._graph.outputs[part.output]].shape)
+            for part in self._loss.parts
+        ]
 
         def spec(tensor, channels):
             shape = [None, *tensor.shape[1:]]
@@ -208,11 +218,11 @@ class GaussNewtonEstimator:
                 shape = [None] * kept + shape[kept:]
             return tf.TensorSpec(shape, tensor.dtype)
 
-        x, y, weight = batch
+        x, targets, weights = batch
         return (
             tf.nest.map_structure(lambda value: spec(value, channels=value.shape.rank > 1), x),
-            tf.nest.map_structure(lambda value: spec(value, value.shape.rank == outputs), y),
-            spec(weight, channels=False),
+            tuple(spec(y, y.shape.rank == rank) for y, rank in zip(targets, ranks, strict=True)),
+            tuple(spec(weight, channels=False) for weight in weights),
         )
 
     def _batch_seed(self):
@@ -228,17 +238,32 @@ class GaussNewtonEstimator:
         return group_candidates(self.model, candidates)
 
     def _checked(self, batch):
-        return check_batch(self.model, self._graph, batch, self._labels)
+        return check_batch(self.model, self._graph, self._loss.arranged(batch), self._loss.labels)
 
 
-def compiled_loss(model: keras.Model):
-    """The loss a model was compiled with."""
+def total_loss(
+    model: keras.Model, graph: Graph, loss=None, loss_weights=None, curvature: str = "auto"
+) -> TotalLoss:
+    """A loss and loss weights as `compile` takes them, the compiled ones by default, at the logits.
+
+    Raises:
+      ValueError: if there are loss weights without a loss, or neither is given nor compiled.
+    """
+    if loss is None and loss_weights is not None:
+        raise ValueError("loss_weights go with a loss; give both, or neither.")
+    if loss is None:
+        loss, loss_weights = compiled_loss(model)
+    return make_total_loss(graph, loss, loss_weights, curvature)
+
+
+def compiled_loss(model: keras.Model) -> tuple:
+    """The loss a model was compiled with, and its loss weights."""
     if not getattr(model, "compiled", False) or getattr(model, "loss", None) is None:
         raise ValueError(
             f"Model '{model.name}' is not compiled with a loss: pass loss=..., or call "
             "model.compile(loss=...) first."
         )
-    return model.loss
+    return model.loss, compiled_loss_weights(model)
 
 
 def _tensors(arrays):

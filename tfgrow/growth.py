@@ -15,8 +15,8 @@ from tfgrow.graph.nodes import functional_of, trace
 from tfgrow.graph.sites import find_sites
 from tfgrow.morphisms.base import Candidate
 from tfgrow.morphisms.prune import copies_of
+from tfgrow.morphisms.registry import apart, check_current, get
 from tfgrow.morphisms.registry import candidates as make_candidates
-from tfgrow.morphisms.registry import check_current, get
 from tfgrow.surgery.apply import apply_edits
 from tfgrow.types import GrowthEvent
 
@@ -168,17 +168,30 @@ def checked(model: keras.Model, candidates: Sequence[Candidate] | Candidate) -> 
         site, morphism, unit = repeated[0]
         raise ValueError(f"The {morphism} of unit {unit} of site '{site}' is given twice.")
     _check_thetas(chosen)
+    _check_apart(chosen)
     return chosen
+
+
+def _check_apart(chosen: Sequence[Candidate]) -> None:
+    """Raises ValueError for candidates that can't be applied at once."""
+    clashes = apart(chosen)
+    for row, column in np.argwhere(clashes):
+        raise ValueError(
+            f"{chosen[row]!r} and {chosen[column]!r} can't be applied at once: a new branch is "
+            "made for the channels that are there. Apply one, then make candidates anew."
+        )
 
 
 def _check_thetas(chosen: Sequence[Candidate]) -> None:
     """Raises ValueError for parameters that are not finite, or of shapes they never had."""
-    shapes: dict[tuple[str, str], dict[str, tuple]] = {}
+    shapes: dict[tuple, dict[str, tuple]] = {}
     for candidate in chosen:
-        kind = (candidate.site.name, candidate.morphism)
+        morphism = get(candidate.morphism)
+        kind = (candidate.site.name, candidate.morphism, morphism.group_key(candidate))
         if kind not in shapes:
-            fresh = get(candidate.morphism).candidates(candidate.site, new_units=1, seed=0)[0]
-            shapes[kind] = {name: np.shape(value) for name, value in fresh.theta.items()}
+            every = morphism.candidates(candidate.site, new_units=1, seed=0)
+            like = next(c for c in every if morphism.group_key(c) == kind[2])
+            shapes[kind] = {name: np.shape(value) for name, value in like.theta.items()}
         for name, shape in shapes[kind].items():
             value = np.asarray(candidate.theta.get(name))
             if value.shape != shape or not np.isfinite(value).all():
@@ -216,9 +229,19 @@ def widths_of(model: keras.Model) -> dict[str, int]:
 
 
 def widths_changed(before: Mapping[str, int], model: keras.Model) -> dict[str, tuple[int, int]]:
-    """Site name -> (units before, units now) where they differ; `before` is from `widths_of`."""
-    now = widths_of(model)
-    return {name: (before[name], units) for name, units in now.items() if units != before[name]}
+    """Site name -> (units before, units now) where they differ; `before` is from `widths_of`.
+
+    Sites of layers that are new had none.
+    """
+    # By layer: a site of one unit that is left can be blocked, or go by another layer's name.
+    now = {name: site.units for site in find_sites(model) for name in site.names}
+    changed = {name: (units, now[name]) for name, units in before.items() if units != now[name]}
+    new = {
+        site.name: (0, site.units)
+        for site in find_sites(model)
+        if site.blocked is None and not set(site.names) & set(before)
+    }
+    return {**changed, **new}
 
 
 def size_of(model: keras.Model) -> tuple[int, int]:

@@ -8,12 +8,10 @@ from collections.abc import Sequence
 import keras
 import tensorflow as tf
 
-from tfgrow.capture.batches import batches_of, check_finite
-from tfgrow.capture.capture import find_head
+from tfgrow.capture.batches import batches_of, check_finite, size_of_batch
 from tfgrow.capture.checks import check_batch, check_loss
 from tfgrow.capture.execute import float32_compute
-from tfgrow.curvature.loss_head import make_loss_head
-from tfgrow.estimator import compiled_loss
+from tfgrow.estimator import compiled_loss, total_loss
 from tfgrow.graph.convert import copy_model
 from tfgrow.graph.nodes import trace
 from tfgrow.graph.sites import find_sites
@@ -23,39 +21,44 @@ from tfgrow.morphisms.registry import get
 from tfgrow.surgery.apply import apply_edits
 
 
-def real_loss(model: keras.Model, dataset, loss=None) -> float:
+def real_loss(model: keras.Model, dataset, loss=None, loss_weights=None) -> float:
     """Mean loss per sample of the model itself, called in inference mode.
 
     Args:
-      model: any built model with one output.
+      model: any built model.
       dataset: finite, anything `model.fit` takes, with targets.
-      loss: the compiled one by default. Weight penalties are not part of it.
+      loss: as `model.compile` takes it; by default the compiled one with its `loss_weights`. Weight
+        penalties are not part of it.
+      loss_weights: of the outputs' losses, to go with `loss`.
     """
     check_finite(dataset)
     graph = trace(model)
-    loss = compiled_loss(model) if loss is None else loss
-    loss_of_outputs = make_loss_head(loss)
-    at_logits = make_loss_head(loss, find_head(graph).activation)
-    labels = at_logits.labels(graph.tensors[graph.outputs[0]].shape)
+    total_of = total_loss(model, graph, loss, loss_weights)
 
     @tf.function(reduce_retracing=True, autograph=False)
-    def batch_loss(x, y, weight):
-        (outputs,) = keras.tree.flatten(model(x, training=False))
-        outputs = tf.cast(outputs, tf.float32)
-        loss = tf.reduce_sum(loss_of_outputs.per_sample(y, outputs, weight))
+    def batch_loss(x, y, weights):
+        every = keras.tree.flatten(model(x, training=False))
+        outputs = [tf.cast(every[part.output], tf.float32) for part in total_of.parts]
+        loss = total_of.value_at_outputs(y, outputs, weights)
         # Keras clips probabilities, and NaN with them, to finite losses
-        return tf.where(tf.reduce_all(tf.math.is_finite(outputs)), loss, math.nan)
+        finite = [tf.reduce_all(tf.math.is_finite(output)) for output in outputs]
+        return tf.where(tf.reduce_all(finite), loss, math.nan)
 
     total = count = 0.0
     with float32_compute(model):  # rounding to half precision would drown what is measured
         for batch in batches_of(dataset):
-            total += float(batch_loss(*check_batch(model, graph, batch, labels)))
-            count += int(batch[2].shape[0])
+            arranged = check_batch(model, graph, total_of.arranged(batch), total_of.labels)
+            total += float(batch_loss(*arranged))
+            count += size_of_batch(batch)
     return total / count
 
 
 def measure_change(
-    model: keras.Model, candidates: Sequence[Candidate] | Candidate, dataset, loss=None
+    model: keras.Model,
+    candidates: Sequence[Candidate] | Candidate,
+    dataset,
+    loss=None,
+    loss_weights=None,
 ) -> float:
     """The true change of the mean loss when candidates are really applied, to a copy.
 
@@ -63,7 +66,8 @@ def measure_change(
       model: the growable model; it is left untouched.
       candidates: learned candidates of it.
       dataset: finite, anything `model.fit` takes, with targets.
-      loss: the compiled one by default.
+      loss: as `model.compile` takes it; by default the compiled one with its `loss_weights`.
+      loss_weights: of the outputs' losses, to go with `loss`.
 
     Returns:
       Loss of the expanded copy minus loss of the model, on the same samples; negative is better.
@@ -85,11 +89,12 @@ def measure_change(
     3
     """
     chosen = checked(model, candidates)
-    loss = compiled_loss(model) if loss is None else loss
-    before = real_loss(model, dataset, loss)
+    if loss is None and loss_weights is None:
+        loss, loss_weights = compiled_loss(model)
+    before = real_loss(model, dataset, loss, loss_weights)
     check_loss(before)
     copy = copy_model(model, compiled=False)
     sites = {site.name: site for site in find_sites(copy)}
     moved = [candidate.replace(site=sites[candidate.site.name]) for candidate in chosen]
     apply_edits(copy, [get(candidate.morphism).edit(candidate) for candidate in moved])
-    return real_loss(copy, dataset, loss) - before
+    return real_loss(copy, dataset, loss, loss_weights) - before

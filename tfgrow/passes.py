@@ -11,55 +11,38 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tfgrow.capture.capture import Capture, Head, capture, observe, push_forward
-from tfgrow.curvature.columns import weigh_columns, weigh_values
-from tfgrow.curvature.loss_head import LossHead
-from tfgrow.curvature.normal import add_sums, scale_sums
+from tfgrow.capture.capture import Capture, capture, observe, push_forward
+from tfgrow.curvature.normal import LEARNING_DAMPING, add_sums, scale_sums
+from tfgrow.curvature.total_loss import TotalLoss
 from tfgrow.graph.nodes import Graph
-from tfgrow.morphisms.base import Group, perturb_all, scalars_of
+from tfgrow.morphisms.base import Group, perturb_all
 
 FORGET = 0.9
 """How much of the earlier batches' normal equations each learning step keeps."""
-
-LEARNING_DAMPING = 0.3
-"""Relative damping of the closed forms while learning; halves of the data choose the final one."""
 
 Arrays = Mapping[str, Any]
 
 
 class Passes:
-    """The passes for one model, loss and curvature."""
+    """The passes for one model and loss, over batches that `TotalLoss.arranged` has seen."""
 
-    def __init__(self, graph: Graph, head: Head, loss: LossHead, curvature: str, draws: int):
+    def __init__(self, graph: Graph, loss: TotalLoss, draws: int):
         self._graph = graph
-        self._head = head
         self._loss = loss
-        self._curvature = curvature
         self._draws = draws
 
     def capture(self, batch, seed, taps) -> Capture:
         """One batch with gradient and columns at the taps."""
-        x, y, weight = batch
-        empirical = self._curvature == "empirical"
-
-        def columns(logits):
-            factors = self._loss.factors(y, logits, self._curvature, self._draws, seed)
-            return weigh_columns(factors, weight)
-
-        def unweigh(gradient):
-            if weight.shape.rank > 1:  # the gradient of the sample's weighted loss, as it is
-                return gradient
-            shape = (-1, *[1] * (len(gradient.shape) - 1))
-            return tf.math.divide_no_nan(gradient, tf.reshape(tf.sqrt(weight), shape))
-
+        x, y, weights = batch
+        reused = self._loss.column_of_gradient
         return capture(
             self._graph,
-            self._head,
+            self._loss.heads,
             x,
             taps,
-            gradient_of=lambda logits: weigh_values(self._loss.gradient(y, logits), weight),
-            columns_of=columns,
-            reuse_gradient=unweigh if empirical else None,
+            gradient_of=lambda z: dict(enumerate(self._loss.gradient(y, z, weights))),
+            columns_of=lambda z: self._loss.columns(y, z, weights, self._draws, seed),
+            reuse_gradient=None if reused is None else lambda g: reused(g, weights[0]),
         )
 
     def loss(self, batch) -> Any:
@@ -67,8 +50,9 @@ class Passes:
         return self._sum_of_losses(batch, observe(self._graph, batch[0])), _count(batch[2])
 
     def _sum_of_losses(self, batch, captured: Capture) -> Any:
-        _, y, weight = batch
-        return tf.reduce_sum(self._loss.per_sample(y, captured.values[self._head.tap], weight))
+        _, y, weights = batch
+        logits = [captured.values[head.tap] for head in self._loss.heads]
+        return self._loss.value(y, logits, weights)
 
     def scalars(self, batch, seed, groups: Sequence[Group], thetas: Sequence[Arrays]) -> Any:
         """Sums over a batch of `(loss, linear [C], gram [C, C], samples)` for all candidates."""
@@ -84,23 +68,24 @@ class Passes:
 
     def joint(self, batch, groups: Sequence[Group], thetas: Sequence[Arrays]) -> Any:
         """Sums over a batch of the joint change by forward accumulators, and its samples."""
-        x, y, weight = batch
+        x, y, weights = batch
         captured = observe(self._graph, x)
         tangents: dict = {}
         perturbed = perturb_all(captured, groups, thetas, fresh=False)
         for group, theta, effect in zip(groups, thetas, perturbed, strict=True):
             for tap, value in group.morphism.tangents(group, theta, effect).items():
                 tangents[tap] = tangents[tap] + value if tap in tangents else value
-        logits, pushed = push_forward(self._graph, self._head, x, tangents)
-        slope = tf.reduce_sum(weigh_values(self._loss.gradient(y, logits), weight) * pushed)
-        curvature = tf.reduce_sum(self._loss.quadratic(y, logits, pushed, weight))
-        return slope + 0.5 * curvature, _count(weight)
+        logits, pushed = push_forward(self._graph, self._loss.heads, x, tangents)
+        gradients = self._loss.gradient(y, logits, weights)
+        slopes = [tf.reduce_sum(g * v) for g, v in zip(gradients, pushed, strict=True)]
+        curvature = self._loss.quadratic(y, logits, pushed, weights)
+        return sum(slopes[1:], slopes[0]) + 0.5 * curvature, _count(weights)
 
     def learn(self, batch, seed, groups: Sequence[Group], parameters: Parameters, adam, sums, rate):
         """One learning step of all candidates on a batch.
 
         Args:
-          batch: `(x, y, weight)`.
+          batch: `(x, targets, weights)`.
           seed: of the sampled columns.
           groups: all groups.
           parameters: how the learned parameters lie in a vector.
@@ -114,20 +99,26 @@ class Passes:
           loss where nothing moves.
         """
         captured = self.capture(batch, seed, _taps(groups))
+        solved = [
+            _solved(group, old) if group.morphism.perturbs_by_solved else {}
+            for group, old in zip(groups, sums, strict=True)
+        ]
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             vector = adam[0]
             tape.watch(vector)
-            thetas = parameters.unpack(vector)
+            thetas = [a | b for a, b in zip(parameters.unpack(vector), solved, strict=True)]
             perturbed = perturb_all(captured, groups, thetas, fresh=True)
         loss = self._sum_of_losses(batch, captured)
         new, kept = _equations(captured, groups, perturbed, sums, loss)
 
-        learning = [row for row, group in enumerate(groups) if group.morphism.learned]
+        learning = [row for row, group in enumerate(groups) if group.learned]
 
         def improve():
             mine = [groups[row] for row in learning]
             effects = [perturbed[row] for row in learning]
-            whole = [{**thetas[row], **_solved(groups[row], kept[row])} for row in learning]
+            whole = [
+                thetas[row] | (solved[row] or _solved(groups[row], kept[row])) for row in learning
+            ]
             covectors = _covectors(captured, mine, whole, effects)
             total, slopes = objective(mine, covectors, effects)
             values = [effect.values for effect in effects]
@@ -153,8 +144,8 @@ class Parameters:
         self._layout = [
             (row, name, np.shape(group.theta[name]), _unit_column(group, name))
             for row, group in enumerate(groups)
-            for name in sorted(group.theta)
-            if group.morphism.is_learned(name)
+            for name in group.learned
+            if name in group.theta
         ]
 
     @property
@@ -205,8 +196,8 @@ def _solved(group, sums) -> dict[str, Any]:
     return group.morphism.solve(group, sums, LEARNING_DAMPING) if sums else {}
 
 
-def _count(weight):
-    return tf.cast(tf.shape(weight)[0], tf.float32)
+def _count(weights):
+    return tf.cast(tf.shape(weights[0])[0], tf.float32)
 
 
 def _taps(groups: Sequence[Group]) -> list:
@@ -222,7 +213,7 @@ def _covectors(captured, groups, thetas, perturbed) -> list[dict[int, Any]]:
 
 def _scalars(groups, covectors, perturbed) -> list:
     return [
-        scalars_of(group, mine, effect)
+        group.morphism.scalars(group, mine, effect)
         for group, mine, effect in zip(groups, covectors, perturbed, strict=True)
     ]
 
@@ -242,12 +233,7 @@ def objective(groups, covectors, perturbed):
     ):
         weights = first + (1.0 - first) * scalars
         total += 0.5 * tf.reduce_sum((first + weights) * scalars)
-        slopes.append(
-            {
-                leaf: tf.reduce_sum(group.path.spread(leaf, weights, len(c.shape)) * c, axis=0)
-                for leaf, c in mine.items()
-            }
-        )
+        slopes.append(group.morphism.slopes(group, weights, mine))
     return total, slopes
 
 

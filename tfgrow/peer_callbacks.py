@@ -34,14 +34,27 @@ def widen_weights(
 ) -> list[np.ndarray]:
     """Weights as from `model.get_weights()` before it grew, widened to its present shape.
 
-    The function they computed is unchanged.
+    The function they computed is unchanged: layers that are new change nothing in it.
     """
     by_variable = {
         id(getattr(change.layer, name)): variable_change
         for change in changes
         for name, variable_change in change.variables.items()
     }
+    newborn = {
+        id(variable): value
+        for change in changes
+        if change.inserted is not None
+        for variable, value in zip(change.layer.weights, change.inserted, strict=True)
+    }
+    before = iter(weights)
     return [
-        inherited(by_variable[id(variable)], old) if id(variable) in by_variable else old
-        for variable, old in zip(model.weights, weights, strict=True)
+        newborn[id(variable)]
+        if id(variable) in newborn
+        else _followed(by_variable.get(id(variable)), next(before))
+        for variable in model.weights
     ]
+
+
+def _followed(change, old: np.ndarray) -> np.ndarray:
+    return old if change is None else inherited(change, old)

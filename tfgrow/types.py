@@ -101,11 +101,13 @@ class LayerChange:
       attributes: config attributes to set, e.g. `{"filters": 12}`.
       variables: changes by variable attribute, e.g. `{"kernel": ..., "moving_mean": ...}`.
         Variables that are not named keep their values (and shapes).
+      inserted: of a layer that is new, its weights `at_rest` (see `NewLayer`); else None.
     """
 
     layer: Any
     attributes: Mapping[str, Any]
     variables: Mapping[str, VariableChange]
+    inserted: tuple[np.ndarray, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -165,12 +167,83 @@ class WidthEdit:
         return self.site.units + len(self.appended) - len(self.removed)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class KernelEdit:
+    """A convolution's kernel becomes larger, around the one it has.
+
+    Attributes:
+      site: the site that the convolution is a producer of.
+      producer: its number among the site's producers.
+      attributes: config attributes to set.
+      offset: where the old kernel begins in the new one, per spatial axis.
+      ring: the new kernel `[*kernel_size, in, out]`, of which the part taken by the old one counts
+        for nothing.
+    """
+
+    site: Any
+    producer: int
+    attributes: Mapping[str, Any]
+    offset: tuple[int, ...]
+    ring: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class NewLayer:
+    """A layer that an edit inserts.
+
+    Attributes:
+      layer_class: its class.
+      config: its arguments; `name` is the wanted one, to which a number is added if it is taken.
+      weights: its weights.
+      at_rest: the weights with which the branch it belongs to would change nothing.
+    """
+
+    layer_class: Any
+    config: Mapping[str, Any]
+    weights: tuple[np.ndarray, ...]
+    at_rest: tuple[np.ndarray, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class BranchEdit:
+    """A new branch: the output of a layer becomes itself plus what new layers make of another's.
+
+    Attributes:
+      site: the site at whose end the branch is added.
+      source: name of the layer whose output the branch reads.
+      target: name of the layer to whose output it is added; may be the source.
+      layers: the new layers, in order.
+    """
+
+    site: Any
+    source: str
+    target: str
+    layers: tuple[NewLayer, ...]
+
+
 @dataclasses.dataclass(frozen=True)
 class Cost:
     """What an edit costs: parameters, trainable or not, and inference FLOPs per sample."""
 
     params: int = 0
     flops: int = 0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Demand:
+    """What an edit brings that costs something.
+
+    Attributes:
+      units: units added to its site; negative if it takes some away.
+      kernels: layer name -> its new `kernel_size`.
+      more: what it costs besides.
+      fixed: tensors whose channels must stay what they are for it: ids.
+    """
+
+    units: int = 0
+    kernels: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    more: Cost = Cost()
+    fixed: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -74,7 +74,12 @@ def test_gradient_and_columns_are_derivatives(net):
     logits = net.values[net.head.tap]
     gradient, columns = net.loss.gradient(net.y, logits), net.loss.factors(net.y, logits, "exact")
     taken = capture(
-        net.graph, net.head, net.x, net.taps, lambda z: gradient, lambda z: columns
+        net.graph,
+        [net.head],
+        net.x,
+        net.taps,
+        lambda z: {0: gradient},
+        lambda z: [{0: column} for column in columns],
     ).cotangents
     for tap in net.taps:
         shift = net.direction(tap)
@@ -89,7 +94,7 @@ def test_gradient_and_columns_are_derivatives(net):
 def test_forward_mode_is_the_derivative(net):
     shifts = {tap: net.direction(tap, seed) for seed, tap in enumerate(net.taps[:2])}
     tangents = {tap: tf.constant(shift) for tap, shift in shifts.items()}
-    logits, pushed = push_forward(net.graph, net.head, net.x, tangents)
+    (logits,), (pushed,) = push_forward(net.graph, [net.head], net.x, tangents)
     np.testing.assert_allclose(logits, net.values[net.head.tap], atol=1e-6)
     np.testing.assert_allclose(pushed, net.slope(shifts), atol=5e-3 * np.abs(pushed).max())
 
@@ -100,7 +105,12 @@ def test_gradient_is_that_of_the_models_own_loss():
     tap = net.taps[0]
     shift = net.direction(tap)
     taken = capture(
-        net.graph, net.head, net.x, [tap], lambda z: net.loss.gradient(net.y, z), lambda z: [z]
+        net.graph,
+        [net.head],
+        net.x,
+        [tap],
+        lambda z: {0: net.loss.gradient(net.y, *z)},
+        lambda z: [{0: z[0]}],
     ).cotangents
 
     def losses(size):
@@ -133,11 +143,17 @@ def test_head_is_before_the_activation_that_belongs_to_the_loss():
     assert head.activation is None
 
 
-def test_head_needs_one_output():
+def test_each_output_has_a_head():
     inputs = keras.Input((4,))
-    two = keras.Model(inputs, [layers.Dense(1)(inputs), layers.Dense(1)(inputs)])
-    with pytest.raises(ValueError, match="The model has 2 outputs"):
-        find_head(trace(two))
+    inner = layers.Dense(3, "softmax", name="inner")(inputs)
+    outer = layers.Dropout(0.5)(layers.Dense(2, "sigmoid", name="outer")(inner))
+    graph = trace(tfgrow.convert(keras.Model(inputs, [outer, inner, inputs])))
+    assert graph.output_keys[1] == "inner"
+    by_name = {node.name: node.index for node in graph.nodes}
+    assert find_head(graph, 0).tap == linear_tap(by_name["outer"])
+    assert find_head(graph, 1).tap == linear_tap(by_name["inner"])
+    with pytest.raises(ValueError, match=r"output 'input.*' is one of its inputs"):
+        find_head(graph, 2)
     with pytest.raises(ValueError, match="output is one of its inputs"):
         find_head(trace(keras.Model(inputs, inputs)))
 
@@ -148,10 +164,10 @@ def test_backward_passes_of_deep_models_run_in_a_loop(monkeypatch):
     outputs = int(net.values[net.head.tap].shape[-1])
 
     def columns(logits):
-        return [logits * (1.0 + number) for number in range(outputs)]
+        return [{0: logits[0] * (1.0 + number)} for number in range(outputs)]
 
     def of_batch(x):
-        found = capture(net.graph, net.head, x, net.taps, lambda logits: logits, columns)
+        found = capture(net.graph, [net.head], x, net.taps, lambda z: {0: z[0]}, columns)
         return found.cotangents
 
     def operations():
@@ -166,3 +182,39 @@ def test_backward_passes_of_deep_models_run_in_a_loop(monkeypatch):
     for tap, value in found.items():
         assert value.shape == expected[tap].shape
         np.testing.assert_allclose(value, expected[tap], rtol=1e-5, atol=1e-6)
+
+
+def test_a_layer_that_hands_on_the_very_same_tensor_is_told_from_what_it_reads():
+    """Dropout does, at inference: what else reads its input is not behind the dropout."""
+    inputs = keras.Input((3,))
+    x = layers.Dense(3, activation="tanh", name="stem")(inputs)
+    y = layers.Dense(3, name="inner")(layers.Dropout(0.5, name="drop")(x))
+    x = layers.Add(name="add")([x, y])
+    model = tfgrow.convert(keras.Model(inputs, layers.Dense(2, name="out")(x)))
+    estimator = tfgrow.GaussNewtonEstimator(model, "mse", curvature="exact")
+    data = regression_data(model, 8)
+    candidates = tfgrow.candidates(model, "split", sites=["stem"])
+    estimate = estimator.interaction(candidates, data).change()
+    assert abs(estimate) > 1e-3
+    np.testing.assert_allclose(estimate, estimator.joint_change(candidates, data), rtol=1e-4)
+
+
+def test_columns_of_several_heads_run_in_a_loop_each(monkeypatch):
+    inputs = keras.Input((3,))
+    x = layers.Dense(3, activation="tanh", name="stem")(inputs)
+    two = keras.Model(inputs, [layers.Dense(2, name="a")(x), layers.Dense(1, name="b")(x)])
+    model = tfgrow.convert(two)
+    model.compile(loss=["mse", "mse"])
+    rng = np.random.default_rng(0)
+    x, *y = (rng.standard_normal((6, size)).astype("float32") for size in (3, 2, 1))
+    candidates = tfgrow.candidates(model, "split")
+
+    def estimates():
+        estimator = tfgrow.GaussNewtonEstimator(model, curvature="exact")
+        return estimator.interaction(candidates, (x, y))
+
+    unrolled = estimates()
+    monkeypatch.setattr(capturing, "DEEP", 0)
+    looped = estimates()
+    np.testing.assert_allclose(looped.linear, unrolled.linear, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(looped.gram, unrolled.gram, rtol=1e-5, atol=1e-7)

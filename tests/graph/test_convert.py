@@ -39,15 +39,18 @@ def test_convert_is_exact_and_strip_its_inverse(case):
     np.testing.assert_allclose(outputs(model, x), outputs(stock, x), atol=1e-6)
     np.testing.assert_allclose(outputs(plain, x), outputs(stock, x), atol=1e-6)
     assert any(isinstance(layer, GROWABLE_CLASSES) for layer in model.layers)
+    for before, after in zip(weights, stock.get_weights(), strict=True):
+        np.testing.assert_array_equal(before, after)
     originals = {layer.name: layer for layer in flat_layers(stock)}
     twins = {layer.name: layer for layer in flat_layers(plain)}
+    if case.expanded:
+        assert not set(twins) <= set(originals)
+        return
     assert set(originals) == set(twins)
     for name, layer in originals.items():
         assert type(twins[name]) is type(layer)
         assert twins[name].get_config() == layer.get_config()
         assert twins[name] is not layer
-    for before, after in zip(weights, stock.get_weights(), strict=True):
-        np.testing.assert_array_equal(before, after)
 
 
 def test_converting_twice_changes_nothing():
@@ -74,7 +77,10 @@ def test_stripped_file_knows_nothing_of_tfgrow(tmp_path):
     assert all(type(layer).__module__.startswith("keras.") for layer in loaded.layers)
 
 
-@pytest.mark.parametrize("name", ["bn_after_activation", "nested", "two_inputs"])
+@pytest.mark.parametrize(
+    "name", ["bn_after_activation", "nested", "two_inputs", "operations", "separable",
+             "time_distributed"]
+)  # fmt: skip
 def test_training_goes_on_as_it_would_have(name):
     stock = by_name(name).stock()
     stock.compile(keras.optimizers.Adam(0.01), "mse", metrics=["mae"])
@@ -373,3 +379,164 @@ def test_layer_without_a_config_is_named():
     stock = keras.Sequential([keras.Input((3,)), twice])
     with pytest.raises(ValueError, match=r"'twice' \(Times\) can't be made anew from its config"):
         tfgrow.convert(stock)
+
+
+# ---- layers that are taken apart ------------------------------------------------------------
+
+
+SEPARABLE = {
+    "1d": ((7, 2), layers.SeparableConv1D(3, 2, dilation_rate=2, activation="relu", name="s")),
+    "2d": ((6, 5, 2), layers.SeparableConv2D(3, (3, 2), padding="same", name="s")),
+    "multiplied": (
+        (6, 5, 2),
+        layers.SeparableConv2D(2, 2, strides=2, depth_multiplier=3, use_bias=False, name="s"),
+    ),
+    "configured": (
+        (6, 5, 2),
+        layers.SeparableConv2D(
+            2,
+            2,
+            depthwise_regularizer=keras.regularizers.L2(0.1),
+            pointwise_regularizer=keras.regularizers.L1(0.2),
+            bias_regularizer=keras.regularizers.L2(0.3),
+            activity_regularizer=keras.regularizers.L2(0.4),
+            depthwise_constraint=keras.constraints.MaxNorm(0.5),
+            pointwise_constraint=keras.constraints.NonNeg(),
+            bias_initializer="ones",
+            pointwise_initializer=keras.initializers.HeNormal(seed=3),
+            name="s",
+        ),
+    ),
+}
+
+
+def one_layer_net(shape, layer):
+    layer = type(layer).from_config(layer.get_config())
+    inputs = keras.Input(shape)
+    x = layers.Flatten()(layers.Activation("tanh")(layer(inputs)))
+    return keras.Model(inputs, layers.Dense(2, name="out")(x))
+
+
+@pytest.mark.parametrize("kind", SEPARABLE)
+def test_separable_convolutions_become_depthwise_and_pointwise(kind):
+    stock = one_layer_net(*SEPARABLE[kind])
+    stock.compile(keras.optimizers.AdamW(0.01), "mse")
+    x, y = regression_data(stock, 6)
+    stock.train_on_batch(x, y)
+    model = tfgrow.convert(stock)
+    names = [layer.name for layer in model.layers]
+    assert names.index("s") == names.index("s_depthwise") + 1
+    np.testing.assert_allclose(outputs(model, x), outputs(stock, x), atol=1e-6)
+    assert [w.shape for w in model.trainable_variables] == [
+        w.shape for w in stock.trainable_variables
+    ]
+    for step in range(2):  # loss with penalties, constraints, slots
+        expected = stock.train_on_batch(x, y)
+        np.testing.assert_allclose(model.train_on_batch(x, y), expected, rtol=1e-5, err_msg=step)
+    for mine, theirs in zip(model.optimizer.variables, stock.optimizer.variables, strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-6)
+    assert next(site for site in tfgrow.find_sites(model) if site.name == "s").blocked is None
+    config, old = model.get_layer("s").get_config(), stock.get_layer("s").get_config()
+    for name in ("initializer", "regularizer", "constraint"):
+        assert config[f"kernel_{name}"] == old[f"pointwise_{name}"]
+        assert config[f"bias_{name}"] == old[f"bias_{name}"]
+        assert (
+            model.get_layer("s_depthwise").get_config()[f"depthwise_{name}"]
+            == (old[f"depthwise_{name}"])
+        )
+
+
+def test_what_is_taken_apart_stays_frozen_and_half():
+    layer = layers.SeparableConv2D(2, 2, trainable=False, dtype="mixed_float16", name="s")
+    stock = one_layer_net((6, 5, 2), layer)
+    model = tfgrow.convert(stock)
+    for name in ("s", "s_depthwise"):
+        assert not model.get_layer(name).trainable
+        assert model.get_layer(name).compute_dtype == "float16"
+    assert len(model.trainable_variables) == 2
+    inner = layers.Dense(3, name="inner")
+    stock = one_layer_net((4, 2), layers.Dense(2))
+    inputs = keras.Input((4, 2))
+    x = layers.TimeDistributed(inner, name="outer")(inputs)
+    stock = keras.Model(inputs, layers.Dense(2)(x))
+    stock.get_layer("outer").trainable = False
+    assert not tfgrow.convert(stock).get_layer("inner").trainable
+
+
+def test_time_distributed_dense_becomes_its_dense_layer():
+    inputs = keras.Input((4, 5, 3))
+    inner = layers.Dense(
+        3,
+        activation="softmax",
+        kernel_regularizer="l2",
+        activity_regularizer=keras.regularizers.L2(5.0),  # goes unused inside of the wrapper
+        name="inner",
+    )
+    wrapper = layers.TimeDistributed(
+        inner, activity_regularizer=keras.regularizers.L1(0.3), name="outer"
+    )
+    stock = keras.Model(inputs, layers.Dense(2, name="out")(wrapper(inputs)))
+    stock.compile("adam", "mse")
+    x, y = regression_data(stock, 6)
+    stock.train_on_batch(x, y)
+    model = tfgrow.convert(stock)
+    assert [layer.name for layer in model.layers[1:]] == ["inner", "out"]
+    for _ in range(2):
+        np.testing.assert_allclose(
+            model.train_on_batch(x, y), stock.train_on_batch(x, y), rtol=1e-5
+        )
+    np.testing.assert_allclose(outputs(model, x), outputs(stock, x), atol=1e-5)
+
+
+def test_other_layers_in_time_distributed_stay():
+    inputs = keras.Input((3, 6, 6, 2))
+    x = layers.TimeDistributed(layers.Conv2D(2, 2), name="outer")(inputs)
+    model = tfgrow.convert(keras.Model(inputs, layers.Dense(2)(layers.Flatten()(x))))
+    assert type(model.get_layer("outer")) is layers.TimeDistributed
+    reasons = {site.name: site.blocked for site in tfgrow.find_sites(model)}
+    assert "of which only TimeDistributed(Dense)" in reasons["outer"]
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+def test_names_of_what_is_taken_apart_are_free(sequential):
+    """In nested models of one name each, too, and beside layers that are called so already."""
+
+    def part(name):
+        stack = [
+            keras.Input((6, 6, 2)),
+            layers.SeparableConv2D(2, 3, padding="same", name="s"),
+            layers.DepthwiseConv2D(1, name="s_depthwise"),
+        ]
+        return keras.Sequential(stack, name=name)
+
+    if sequential:
+        stock = part("alone")
+    else:
+        inputs = keras.Input((6, 6, 2))
+        stock = keras.Model(inputs, part("two")(part("one")(inputs)))
+    model = tfgrow.convert(stock)
+    x = inputs_of(stock, 3)
+    np.testing.assert_allclose(outputs(model, x), outputs(stock, x), atol=1e-6)
+    names = [layer.name for layer in model.layers]
+    assert len(set(names)) == len(names)
+    assert {"s_depthwise_1"} <= set(names) or {"one_s_depthwise_1", "two_s"} <= set(names)
+    assert len(model.layers) == (3 if sequential else 7)
+
+
+def test_a_shared_separable_convolution_stays_shared():
+    inputs, shared = keras.Input((6, 6, 2)), layers.SeparableConv2D(2, 3, padding="same", name="s")
+    stock = keras.Model(inputs, layers.Dense(2)(shared(shared(inputs))))
+    model = tfgrow.convert(stock)
+    x = inputs_of(stock, 3)
+    assert model.count_params() == stock.count_params()
+    np.testing.assert_allclose(outputs(model, x), outputs(stock, x), atol=1e-6)
+
+
+def test_time_distributed_dense_under_a_mask():
+    inputs = keras.Input((4, 3))
+    x = layers.Masking(name="mask")(inputs)
+    x = layers.TimeDistributed(layers.Dense(3, name="inner"), name="outer")(x)
+    stock = keras.Model(inputs, layers.GRU(2)(x))
+    x = inputs_of(stock, 3)
+    x[:, 2:] = 0.0
+    np.testing.assert_allclose(outputs(tfgrow.convert(stock), x), outputs(stock, x), atol=1e-6)

@@ -32,9 +32,18 @@ def profiled_flops(model):
     return total
 
 
-# The profiler does not know how much a 3-D convolution costs, and counts the padding that
-# TensorFlow adds to the inputs of dilated ones.
-UNPROFILED = ("conv3d", "dilated_no_bias", "conv1d_causal")
+# The profiler does not know how much a 3-D convolution or an einsum costs, counts the padding that
+# TensorFlow adds to the inputs of dilated convolutions, and takes all of a transposed convolution's
+# outputs for inner ones.
+UNPROFILED = (
+    "conv3d",
+    "conv1d_causal",
+    "dilated_no_bias",
+    "einsum_dense",
+    "transposed_1d",
+    "transposed_2d",
+    "transposed_3d",
+)
 
 
 @pytest.mark.parametrize(
@@ -43,6 +52,33 @@ UNPROFILED = ("conv3d", "dilated_no_bias", "conv1d_causal")
 def test_flops_are_those_of_tensorflows_profiler(case):
     model = case.model()
     assert model_flops(trace(model)) == profiled_flops(model)
+
+
+@pytest.mark.parametrize("padding", ["valid", "same"])
+@pytest.mark.parametrize("strides", [1, 2, (1, 3)])
+def test_a_transposed_convolution_costs_what_its_convolution_does(padding, strides):
+    down, up = (
+        tfgrow.convert(keras.Sequential([keras.Input(shape), layer]))
+        for shape, layer in (
+            ((12, 18, 5), keras.layers.Conv2D(4, 3, strides, padding)),
+            ((*small(padding, strides), 4), keras.layers.Conv2DTranspose(5, 3, strides, padding)),
+        )
+    )
+    assert up.input_shape[1:] == down.output_shape[1:]
+    assert model_flops(trace(up)) == model_flops(trace(down))
+
+
+def small(padding, strides):
+    """What a 3x3 convolution makes of 12x18 positions."""
+    layer = keras.layers.Conv2D(1, 3, strides, padding)
+    return layer.compute_output_shape((1, 12, 18, 5))[1:3]
+
+
+def test_flops_of_einsums_and_of_lookups():
+    model = by_name("einsum_dense").model()
+    assert model_flops(trace(model)) == 2 * (4 * (3 * 3 + 3 * 3 + 3 * 2) + 4 * 2 * 2)
+    model = by_name("embedding").model()
+    assert model_flops(trace(model)) == 2 * (3 * 2 * 3 * 2 + 2 * 2 + 2 * 3 + 3 * 2)
 
 
 def test_flops_of_a_3d_convolution():

@@ -147,7 +147,9 @@ def test_nothing_with_weights_is_left_out():
     sites = sites_by_name(model)
     assert set(sites) == {"lstm", "dense", "norm", "out"}
     assert "LSTM" in sites["lstm"].blocked
-    assert "'norm' (LayerNormalization), which mixes channels" in sites["dense"].blocked
+    assert (
+        "'norm' (LayerNormalization), which normalises over the channels" in sites["dense"].blocked
+    )
     assert "output layer" in sites["out"].blocked
     assert sites["norm"].units == 0
 
@@ -249,11 +251,11 @@ def test_declared_activations_pass():
 @pytest.mark.parametrize(
     ("layer", "reason"),
     [
-        (layers.Softmax(name="x"), "'x' .Softmax., which mixes channels"),
+        (layers.Softmax(name="x"), "'x' .Softmax., which compares channels"),
         (layers.LayerNormalization(name="x"), "LayerNormalization"),
         (layers.BatchNormalization(axis=1, name="x"), "normalises axis 1"),
         (layers.Rescaling([1.0, 2.0, 3.0], name="x"), "rescales each channel"),
-        (layers.Reshape((16, 3), name="x"), "Reshape"),
+        (layers.Reshape((16, 3, 1), name="x"), "Reshape"),
         (layers.DepthwiseConv2D(2, activation="softmax", name="x"), "activation that mixes"),
         (layers.Conv2D(3, 1, groups=3, name="x"), "grouped convolution .groups=3."),
         (layers.Conv2D(2, 1, trainable=False, name="x"), "'x', which is frozen"),
@@ -330,3 +332,42 @@ def test_sites_of_a_deleted_model_do_not_keep_it_alive():
     keras.backend.clear_session()
     gc.collect()
     assert reference() is None
+
+
+def test_what_is_alike_by_chance_while_one_channel_wide_is_not_tied():
+    """Two positions of one channel, and one channel that a depthwise layer doubles."""
+    inputs = keras.Input((2, 1, 2))
+    flat = layers.Flatten(name="flat")(layers.Conv2D(1, 1, name="a")(inputs))
+    doubled = layers.DepthwiseConv2D(1, depth_multiplier=2)(layers.Conv2D(1, 1, name="b")(inputs))
+    doubled = layers.GlobalAveragePooling2D()(doubled)
+    x = layers.Add(name="add")([flat, doubled])
+    model = tfgrow.convert(keras.Model(inputs, layers.Dense(2)(x)))
+    assert "'add' ties the channels of 'a'" in blocked(model, "a")
+    assert "'add' ties the channels of 'b'" in blocked(model, "b")
+
+
+def test_positions_of_one_channel_twice_stay_tied():
+    inputs = keras.Input((2, 1, 2))
+    flat = layers.Flatten()(layers.Conv2D(1, 1, name="a")(inputs))
+    b = layers.GlobalAveragePooling2D()(layers.Conv2D(1, 1, name="b")(inputs))
+    x = layers.Add()([flat, layers.Concatenate()([b, b])])
+    model = tfgrow.convert(keras.Model(inputs, layers.Dense(2)(x)))
+    x = inputs_of(model, 3)
+    before = model.predict(x, verbose=0)
+    tfgrow.widen(model, "a", 2)
+    np.testing.assert_allclose(model.predict(x, verbose=0), before, atol=1e-6)
+    assert tfgrow.find_sites(model)[0].units == 3
+
+
+def test_a_concatenation_shared_by_images_and_vectors_is_one_of_positions_and_one_of_channels():
+    inputs = keras.Input((3, 3, 2))
+    a, b = (layers.Conv2D(2, 1, name=name)(inputs) for name in "ab")
+    concatenate = layers.Concatenate(axis=1)
+    above = layers.Flatten()(concatenate([a, b]))
+    beside = concatenate([layers.GlobalAveragePooling2D()(x) for x in (a, b)])
+    outputs = layers.Add()([layers.Dense(2)(above), layers.Dense(2)(beside)])
+    model = tfgrow.convert(keras.Model(inputs, outputs))
+    x = inputs_of(model, 3)
+    before = model.predict(x, verbose=0)
+    tfgrow.widen(model, "a", 1)
+    np.testing.assert_allclose(model.predict(x, verbose=0), before, atol=1e-6)

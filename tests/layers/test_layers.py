@@ -31,6 +31,18 @@ MIXING = {
     "conv2d strided": (tfgrow.layers.Conv2D(3, 3, strides=(2, 1), padding="same"), (6, 5, 2)),
     "conv2d dilated": (tfgrow.layers.Conv2D(3, 2, dilation_rate=2), (6, 5, 2)),
     "conv3d": (tfgrow.layers.Conv3D(3, 2, padding="same", strides=2), (4, 5, 4, 2)),
+    "transposed 1d": (tfgrow.layers.Conv1DTranspose(3, 3, strides=2, padding="same"), (5, 2)),
+    "transposed 2d": (tfgrow.layers.Conv2DTranspose(3, (3, 2), strides=(2, 3)), (3, 4, 2)),
+    "transposed 2d padded": (
+        tfgrow.layers.Conv2DTranspose(3, 3, strides=2, padding="same", output_padding=1),
+        (3, 4, 2),
+    ),
+    "transposed 3d": (
+        tfgrow.layers.Conv3DTranspose(3, 2, strides=(1, 2, 1), use_bias=False),
+        (2, 3, 2, 2),
+    ),
+    "einsum": (tfgrow.layers.EinsumDense("abcd,de->abce", (None, 4, 3), bias_axes="e"), (2, 4, 5)),
+    "einsum elided": (tfgrow.layers.EinsumDense("...x,xy->...y", 3), (5,)),
 }
 
 
@@ -40,18 +52,20 @@ def test_linear_and_unfold_are_the_layer(name):
     layer = type(template).from_config(template.get_config())
     x = np.random.default_rng(0).standard_normal((2, *shape)).astype("float32")
     expected = layer(x).numpy()  # no activation: the layer is its linear map
-    if layer.use_bias:
+    if layer.bias is not None:
         layer.bias.assign([0.1, -0.2, 0.3])
         expected = expected + layer.bias.numpy()
     weights = layer.growable_variables()
     np.testing.assert_allclose(layer.linear(x, **weights), expected, atol=1e-5)
     seen = layer.unfold(tf.constant(x))
     positions = int(np.prod(expected.shape[1:-1]))
-    taps = int(np.prod(layer.kernel.shape[:-2]))
+    taps = int(np.prod(layer.kernel_spatial))
     assert tuple(seen.shape) == (2, shape[-1], positions, taps)
-    kernel = ops.reshape(layer.kernel, (taps, shape[-1], 3))
-    unfolded = np.einsum("ncpt,tco->npo", seen, kernel).reshape(expected.shape)
-    if layer.use_bias:
+    rows = np.random.default_rng(1).standard_normal((taps, shape[-1], 3)).astype("float32")
+    layer.kernel.assign(layer.kernel_from_rows(rows))
+    expected = layer(x).numpy()
+    unfolded = np.einsum("ncpt,tco->npo", seen, rows).reshape(expected.shape)
+    if layer.bias is not None:
         unfolded = unfolded + layer.bias.numpy()
     np.testing.assert_allclose(unfolded, expected, atol=1e-5)
 
@@ -61,14 +75,14 @@ def test_linear_takes_any_number_of_channels(name):
     template, shape = MIXING[name]
     layer = type(template).from_config(template.get_config())
     layer.build((None, *shape))
-    spatial = layer.kernel.shape[:-2]
+    taps = int(np.prod(layer.kernel_spatial))
     rng = np.random.default_rng(1)
     x = rng.standard_normal((2, *shape[:-1], 4)).astype("float32")
-    kernel = rng.standard_normal((*spatial, 4, 7)).astype("float32")
-    found = layer.linear(x, kernel)
+    rows = rng.standard_normal((taps, 4, 7)).astype("float32")
+    found = layer.linear(x, layer.kernel_from_rows(rows))
     assert found.shape[-1] == 7
-    fewer = layer.linear(x[..., :2], kernel[..., :2, :])
-    rest = layer.linear(x[..., 2:], kernel[..., 2:, :])
+    fewer = layer.linear(x[..., :2], layer.kernel_from_rows(rows[:, :2]))
+    rest = layer.linear(x[..., 2:], layer.kernel_from_rows(rows[:, 2:]))
     np.testing.assert_allclose(found, fewer + rest, atol=1e-4)
 
 
@@ -178,9 +192,13 @@ def test_growable_classes_are_registered_twins_of_stock_classes(growable):
     assert getattr(tfgrow.layers, growable.__name__) is growable
     name = f"tfgrow>{growable.__name__}"
     assert keras.saving.get_registered_object(name) is growable
-    arguments = {"Dense": (3,), "DepthwiseConv2D": (2,)}.get(
-        growable.__name__, (3, 2) if growable.__name__.startswith("Conv") else ()
-    )
+    arguments = {
+        "Dense": (3,),
+        "DepthwiseConv1D": (2,),
+        "DepthwiseConv2D": (2,),
+        "EinsumDense": ("ab,bc->ac", 3),
+        "Embedding": (4, 3),
+    }.get(growable.__name__, (3, 2) if growable.__name__.startswith("Conv") else ())
     layer = stock(*arguments)
     assert growable_class(layer) is growable
     twin = growable.from_config(layer.get_config())
@@ -203,14 +221,30 @@ def test_growable_models_save_and_load(tmp_path):
     assert len([s for s in tfgrow.find_sites(loaded) if not s.blocked]) == 1
 
 
-def test_registered_stock_layers_do_not_train_by_default():
-    """`Stateless` calls them without saying so: their `training` must be False unless told."""
-    import inspect
+RANDOM = {
+    "RandomBrightness": (0.5,),
+    "RandomContrast": (0.5,),
+    "RandomElasticTransform": (),
+    "RandomErasing": (),
+    "RandomFlip": (),
+    "RandomGaussianBlur": (),
+    "RandomPerspective": (),
+    "RandomRotation": (0.5,),
+    "RandomShear": (0.5,),
+    "RandomTranslation": (0.5, 0.5),
+    "RandomZoom": (0.5,),
+}
 
-    assert len(_REGISTRY) > 30
-    for layer_class in _REGISTRY:
-        training = inspect.signature(layer_class.call).parameters.get("training")
-        assert training is None or not training.default, layer_class
+
+def test_registered_stock_layers_run_in_inference_mode():
+    """Also those that train unless told not to."""
+    assert len(_REGISTRY) > 50
+    trains = {kind.__name__ for kind in _REGISTRY if _trains(kind) and "Random" in kind.__name__}
+    assert trains <= set(RANDOM)
+    x = np.random.default_rng(0).standard_normal((2, 4, 4, 3)).astype("float32")
+    for name in trains:
+        view = channelwise_view(getattr(layers, name)(*RANDOM[name]))
+        np.testing.assert_allclose(view.apply_channels(tf.constant(x), {}), x, err_msg=name)
 
 
 def test_a_user_can_register_layers():

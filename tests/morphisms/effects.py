@@ -15,7 +15,7 @@ from tfgrow.curvature.loss_head import make_loss_head
 from tfgrow.graph.convert import copy_model
 from tfgrow.graph.nodes import trace
 from tfgrow.graph.sites import find_sites, parameter_name
-from tfgrow.morphisms.base import perturb_all, scalars_of
+from tfgrow.morphisms.base import perturb_all
 from tfgrow.morphisms.registry import get, group_candidates
 from tfgrow.surgery.apply import apply_edits
 from tfgrow.surgery.weights import merge_edits
@@ -131,14 +131,14 @@ def capture_of(net, taps):
     x, y = net.data
     return capture(
         net.graph,
-        head,
+        [head],
         x,
         taps,
-        lambda z: loss.gradient(y, z),
-        lambda z: loss.factors(y, z, "exact"),
+        lambda z: {0: loss.gradient(y, *z)},
+        lambda z: [{0: column} for column in loss.factors(y, *z, "exact")],
     )
 
 
 def scalars(captured, group, perturbed):
     covectors = group.morphism.covectors(captured, group, group.theta, perturbed)
-    return scalars_of(group, covectors, perturbed)
+    return group.morphism.scalars(group, covectors, perturbed)

@@ -1,5 +1,7 @@
 """Prune: what stands in for a unit, in the estimate and in the model."""
 
+import tracemalloc
+
 import keras
 import numpy as np
 import pytest
@@ -87,12 +89,75 @@ def test_the_closed_form_minimises_the_quadratic_of_the_scalars(model):
         solved = np.append(best["share"], best["offset"])[None].astype("float64")
         assert solved[0, candidate.unit] == 0.0
         solved[0, candidate.unit] = -1.0
-        assert estimate(sums, solved) <= min(estimate(sums, v), at_zero) + 1e-5 * scale
+        goal = minimised(sums)
+        least = min(estimate(goal, v), estimate(goal, alone))
+        assert estimate(goal, solved) <= least + 1e-5 * scale
 
 
 def estimate(sums, v):
     g, q = (np.asarray(sums[name], "float64") for name in ("g", "q"))
     return (g * v).sum(-1) + 0.5 * np.einsum("ni,nij,nj->n", v, q, v)
+
+
+def minimised(sums):
+    """The quadratic that the shares minimise: shorter steps, and some of the factored curvature."""
+    parts = {name: np.asarray(value, "float64") for name, value in sums.items()}
+    factored = (parts["s"] / parts["rows"])[:, None, None] * parts["a"]
+    whole = parts.get("q", factored)
+    return {"g": stand_in.PULL * parts["g"], "q": whole + stand_in.BLEND * factored}
+
+
+def random_sums(units=6, rows=40, seed=0):
+    """Factored sums of correlated values, the last of them the constant 1."""
+    rng = np.random.default_rng(seed)
+    values = rng.standard_normal((rows, units)) @ rng.standard_normal((units, units)) + 0.5
+    values = np.concatenate([values, np.ones((rows, 1))], axis=1)
+    return {
+        "g": rng.standard_normal((units, units + 1)),
+        "a": values.T @ values,
+        "s": rng.uniform(1, 9, units),
+        "rows": float(rows),
+    }
+
+
+@pytest.mark.parametrize("free", ["1111111", "1111110", "1010111", "0000010"])
+def test_one_factorisation_gives_what_a_system_per_unit_gives(free):
+    """Each unit's own system written out and solved; the damping is relative to its diagonal."""
+    sums, own = random_sums(), np.arange(6)
+    free = np.array([digit == "1" for digit in free])
+    goal, dampings = minimised(sums), np.array([0.01, 0.1, 0.1, 0.3, 1.0, 3.0])
+    found = stand_in.solve(sums, free, own, dampings)
+    for unit in own:
+        mine = np.flatnonzero(free & (np.arange(7) != unit))
+        expected = -np.eye(7)[unit]
+        if len(mine):
+            q = goal["q"][unit]
+            inner = q[np.ix_(mine, mine)]
+            damped = inner + dampings[unit] * np.mean(np.diag(inner)) * np.eye(len(mine))
+            expected[mine] = np.linalg.solve(damped, q[mine, unit] - goal["g"][unit, mine])
+        np.testing.assert_allclose(found[unit], expected, rtol=1e-8, atol=1e-9)
+    several = stand_in.solve(sums, free, own, np.array([[0.1], [1.0]]))
+    assert several.shape == (2, 6, 7)
+    np.testing.assert_allclose(several[0][[1, 2]], found[[1, 2]], rtol=1e-10)
+    whole = {**sums, "q": goal["q"] / (1 + stand_in.BLEND)}
+    np.testing.assert_allclose(stand_in.solve(whole, free, own, dampings), found, atol=1e-8)
+    np.testing.assert_allclose(
+        stand_in.change(sums, own, found), stand_in.change(whole, own, found), rtol=1e-8
+    )
+
+
+def test_memory_is_bounded_where_the_curvature_is_factored():
+    """512 units: no array as large as a curvature per unit (1 GB) is ever made."""
+    units, sums = 512, random_sums(512, rows=1024)
+    tracemalloc.start()
+    try:
+        free = stand_in.spread_out(sums, np.ones(units + 1, bool), np.arange(units), 0.1, 128)
+        stand_in.solve(sums, free, np.arange(units), 0.1)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert 0 < (~free).sum() <= 128
+    assert peak < 20 * 8 * (units + 1) ** 2
 
 
 def test_factored_curvature_is_the_whole_one_where_the_unit_is_equally_sensitive():
@@ -111,7 +176,7 @@ def test_factored_curvature_is_the_whole_one_where_the_unit_is_equally_sensitive
         k: np.shape(v) for k, v in zeros.items() if k != "loss"
     }
     np.testing.assert_allclose(factored["g"], whole["g"], rtol=1e-4, atol=1e-4)
-    free = np.ones((4, 5), dtype=bool)
+    free = np.ones(5, dtype=bool)
     solutions = [stand_in.solve(s, free, np.arange(4), 0.1) for s in (factored, whole)]
     np.testing.assert_allclose(*solutions, rtol=1e-4, atol=1e-5)
 
@@ -212,6 +277,24 @@ def test_pruning_copies_and_unused_units_by_hand_changes_nothing(case):
     event = tfgrow.prune(model, "conv2", units=[units - 1, units - 2])
     assert event.widths == {"conv2": (units, units - 2)}
     np.testing.assert_allclose(outputs(model, x), before, atol=1e-5)
+
+
+def test_the_one_unit_that_is_left_beside_a_gate_of_one_channel():
+    """It is as wide as the gate then, but has not been tied to it."""
+    inputs = keras.Input((3, 3, 2))
+    gate = keras.layers.Conv2D(1, 1, name="gate")(inputs)
+    gate = keras.layers.Activation("sigmoid")(keras.layers.Activation("tanh")(gate))
+    x = keras.layers.Conv2D(2, 1, name="x")(inputs)
+    x = keras.layers.Concatenate()([keras.layers.Multiply()([x, gate]), gate, x])
+    x = keras.layers.GlobalAveragePooling2D()(x)
+    stock = keras.Model(inputs, keras.layers.Dense(2, name="out")(x))
+    model = tfgrow.convert(stock)
+    kernel = model.get_layer("out").kernel
+    kernel.assign(kernel.numpy() * np.array([[0], [1], [1], [0], [1]]))  # x[0] is not used
+    x = inputs_of(model, 4)
+    before = outputs(model, x)
+    assert tfgrow.prune(model, "x", [0]).widths == {"x": (2, 1)}
+    np.testing.assert_allclose(outputs(model, x), before, atol=1e-6)
 
 
 @pytest.mark.parametrize("units", [[4], [-1], [0, 0], [], [0.5]])

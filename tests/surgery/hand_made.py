@@ -1,7 +1,10 @@
 """A tiny net and edits of it made by hand, with which the tests of surgery work."""
 
+import gc
+
 import keras
 import numpy as np
+import tensorflow as tf
 
 from tfgrow.types import NEWBORN, AxisSource, LayerChange, VariableChange
 
@@ -138,3 +141,118 @@ def assert_same_bits(found, expected):
         assert a.shape == b.shape
         assert a.dtype == b.dtype
         assert a.tobytes() == b.tobytes()
+
+
+def photograph(model):
+    """Everything visible of a model and its optimizer, with identities where those matter."""
+    variables = model.variables + model.metrics_variables
+    if getattr(model, "optimizer", None) is not None:
+        variables = variables + model.optimizer.variables
+    return {
+        "values": values(variables),
+        "variables": [id(variable) for variable in variables],
+        "backend variables": [id(variable.value) for variable in variables],
+        "trainable": [id(variable) for variable in model.trainable_variables],
+        "summary": summary(model),
+        "shapes": [
+            tensor.shape
+            for layer in model.layers
+            for tensor in keras.tree.flatten([layer.input, layer.output])
+        ],
+        "specs": [id(layer.input_spec) for layer in model.layers if layer.name != "net"],
+        "configs": [(layer.get_config(), layer.get_build_config()) for layer in model.layers],
+        "functions": [model.train_function, model.test_function, model.predict_function],
+        "attributes": [
+            {name: id(value) for name, value in vars(item).items()}
+            for item in (model, *model.layers)
+        ],
+        "nodes": [
+            (len(layer._inbound_nodes), len(layer._outbound_nodes)) for layer in model.layers
+        ],
+        "known": dict(model.optimizer._trainable_variables_indices)
+        if getattr(model, "optimizer", None) is not None
+        else None,
+    }
+
+
+def assert_as_on(picture, model):
+    now = photograph(model)
+    assert_same_bits(now.pop("values"), picture["values"])
+    for name, found in now.items():
+        assert found == picture[name], name
+
+
+OPTIMIZERS = {
+    "sgd": lambda: keras.optimizers.SGD(0.01),
+    "momentum": lambda: keras.optimizers.SGD(0.01, momentum=0.9, clipnorm=1.0),
+    "nesterov": lambda: keras.optimizers.SGD(0.01, momentum=0.9, nesterov=True, use_ema=True),
+    "adam": lambda: keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(0.01, 20)),
+    "amsgrad": lambda: keras.optimizers.Adam(0.01, amsgrad=True, ema_momentum=0.5, use_ema=True),
+    "accumulating": lambda: keras.optimizers.Adam(0.01, gradient_accumulation_steps=2),
+    "adamw": lambda: keras.optimizers.AdamW(0.01, weight_decay=0.1),
+    "nadam": lambda: keras.optimizers.Nadam(0.01),
+    "adamax": lambda: keras.optimizers.Adamax(0.01),
+    "lamb": lambda: keras.optimizers.Lamb(0.01),
+    "rmsprop": lambda: keras.optimizers.RMSprop(0.01, momentum=0.5, centered=True),
+    "adagrad": lambda: keras.optimizers.Adagrad(0.01),
+    "adadelta": lambda: keras.optimizers.Adadelta(0.1),
+    "lion": lambda: keras.optimizers.Lion(0.001),
+    "loss scale": lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam(0.01)),
+}
+
+
+def trained_net(make_optimizer, steps=3):
+    model = convolutional_net(optimizer=make_optimizer(), run_eagerly=True)
+    for step in range(steps):
+        model.train_on_batch(*batch(step))
+    return model
+
+
+def by_name(optimizer):
+    return {variable.name: variable.numpy() for variable in optimizer.variables}
+
+
+def assert_trains_on_like_its_file(model, path):
+    """One more step, save, load: same bits; one more step of both: same bits."""
+    before = values(model.trainable_variables)
+    for step in (3, 4):  # two, because an accumulating optimizer updates at every second
+        model.train_on_batch(*batch(step))
+    assert all(
+        np.any(a != b.numpy()) for a, b in zip(before, model.trainable_variables, strict=True)
+    )
+    model.save(path)
+    loaded = keras.models.load_model(path)
+    assert_same_bits(values(loaded.variables), values(model.variables))
+    assert_same_bits(values(loaded.optimizer.variables), values(model.optimizer.variables))
+    assert_same_bits([loaded(batch()[0]).numpy()], [model(batch()[0]).numpy()])
+    for net in (model, loaded):
+        net.train_on_batch(*batch(5))
+        net.train_on_batch(*batch(6))
+    assert_same_bits(values(loaded.variables), values(model.variables))
+    assert_same_bits(values(loaded.optimizer.variables), values(model.optimizer.variables))
+
+
+def rebuilt(model):
+    """The model as Keras builds it from its config, with its weights."""
+    clone = model.__class__.from_config(model.get_config())
+    clone.set_weights(model.get_weights())
+    return clone
+
+
+def assert_like_fresh(model):
+    """Everything Keras shows of a model is what a model built from its config shows."""
+    fresh = rebuilt(model)
+    assert summary(model) == summary(fresh)
+    assert model.output_shape == fresh.output_shape
+    assert model.count_params() == fresh.count_params()
+    for layer, other in zip(model.layers, fresh.layers, strict=True):
+        assert layer.output.shape == other.output.shape
+        assert str(layer.input_spec) == str(other.input_spec)
+        assert layer.get_build_config() == other.get_build_config()
+        names = [(v.name, tuple(v.shape), v.dtype, v.trainable) for v in layer.weights]
+        assert names == [(v.name, tuple(v.shape), v.dtype, v.trainable) for v in other.weights]
+
+
+def live_variables():
+    gc.collect()
+    return sum(isinstance(item, tf.Variable) for item in gc.get_objects())

@@ -7,13 +7,17 @@ import numpy as np
 import pytest
 
 from tests.surgery.hand_made import (
+    OPTIMIZERS,
     SOURCE,
     assert_same_bits,
+    assert_trains_on_like_its_file,
     batch,
+    by_name,
     changed,
     consumed,
     convolutional_net,
     produced,
+    trained_net,
     values,
     widen,
 )
@@ -22,23 +26,6 @@ from tfgrow.surgery import rebuild, transaction
 from tfgrow.surgery.optimizer import SlotKind
 from tfgrow.types import NEWBORN, AxisSource, LayerChange, VariableChange
 
-OPTIMIZERS = {
-    "sgd": lambda: keras.optimizers.SGD(0.01),
-    "momentum": lambda: keras.optimizers.SGD(0.01, momentum=0.9, clipnorm=1.0),
-    "nesterov": lambda: keras.optimizers.SGD(0.01, momentum=0.9, nesterov=True, use_ema=True),
-    "adam": lambda: keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(0.01, 20)),
-    "amsgrad": lambda: keras.optimizers.Adam(0.01, amsgrad=True, ema_momentum=0.5, use_ema=True),
-    "accumulating": lambda: keras.optimizers.Adam(0.01, gradient_accumulation_steps=2),
-    "adamw": lambda: keras.optimizers.AdamW(0.01, weight_decay=0.1),
-    "nadam": lambda: keras.optimizers.Nadam(0.01),
-    "adamax": lambda: keras.optimizers.Adamax(0.01),
-    "lamb": lambda: keras.optimizers.Lamb(0.01),
-    "rmsprop": lambda: keras.optimizers.RMSprop(0.01, momentum=0.5, centered=True),
-    "adagrad": lambda: keras.optimizers.Adagrad(0.01),
-    "adadelta": lambda: keras.optimizers.Adadelta(0.1),
-    "lion": lambda: keras.optimizers.Lion(0.001),
-    "loss scale": lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam(0.01)),
-}
 # What each slot does, said a second time, by the name under which Keras files it: the power of
 # the gradient's scale that it follows, and whether newborns get the mean.
 RULES = {
@@ -83,17 +70,6 @@ def slow_average(old, weight, change):
     return change.value + distance
 
 
-def trained_net(make_optimizer, steps=3):
-    model = convolutional_net(optimizer=make_optimizer(), run_eagerly=True)
-    for step in range(steps):
-        model.train_on_batch(*batch(step))
-    return model
-
-
-def by_name(optimizer):
-    return {variable.name: variable.numpy() for variable in optimizer.variables}
-
-
 @pytest.mark.parametrize("name", list(OPTIMIZERS))
 def test_slots_follow_the_formula_and_go_through_files(name, tmp_path):
     model = trained_net(OPTIMIZERS[name])
@@ -135,26 +111,6 @@ def test_slots_follow_the_formula_and_go_through_files(name, tmp_path):
         assert (variable.name == other.name) or (name == "nadam" and variable.shape == ())
         assert (variable.shape, variable.dtype) == (other.shape, other.dtype)
     assert_trains_on_like_its_file(model, tmp_path / "grown.keras")
-
-
-def assert_trains_on_like_its_file(model, path):
-    """One more step, save, load: same bits; one more step of both: same bits."""
-    before = values(model.trainable_variables)
-    for step in (3, 4):  # two, because an accumulating optimizer updates at every second
-        model.train_on_batch(*batch(step))
-    assert all(
-        np.any(a != b.numpy()) for a, b in zip(before, model.trainable_variables, strict=True)
-    )
-    model.save(path)
-    loaded = keras.models.load_model(path)
-    assert_same_bits(values(loaded.variables), values(model.variables))
-    assert_same_bits(values(loaded.optimizer.variables), values(model.optimizer.variables))
-    assert_same_bits([loaded(batch()[0]).numpy()], [model(batch()[0]).numpy()])
-    for net in (model, loaded):
-        net.train_on_batch(*batch(5))
-        net.train_on_batch(*batch(6))
-    assert_same_bits(values(loaded.variables), values(model.variables))
-    assert_same_bits(values(loaded.optimizer.variables), values(model.optimizer.variables))
 
 
 def test_gradient_scales_are_those_of_the_real_gradients():

@@ -6,39 +6,20 @@ import pytest
 
 from tests.surgery.hand_made import (
     SOURCE,
+    assert_like_fresh,
     assert_same_bits,
     batch,
     changed,
     consumed,
     convolutional_net,
     produced,
+    rebuilt,
     summary,
     values,
     widen,
 )
 from tfgrow.surgery import rebuild, transaction
 from tfgrow.types import AxisSource, LayerChange, VariableChange
-
-
-def rebuilt(model):
-    """The model as Keras builds it from its config, with its weights."""
-    clone = model.__class__.from_config(model.get_config())
-    clone.set_weights(model.get_weights())
-    return clone
-
-
-def assert_like_fresh(model):
-    """Everything Keras shows of a model is what a model built from its config shows."""
-    fresh = rebuilt(model)
-    assert summary(model) == summary(fresh)
-    assert model.output_shape == fresh.output_shape
-    assert model.count_params() == fresh.count_params()
-    for layer, other in zip(model.layers, fresh.layers, strict=True):
-        assert layer.output.shape == other.output.shape
-        assert str(layer.input_spec) == str(other.input_spec)
-        assert layer.get_build_config() == other.get_build_config()
-        names = [(v.name, tuple(v.shape), v.dtype, v.trainable) for v in layer.weights]
-        assert names == [(v.name, tuple(v.shape), v.dtype, v.trainable) for v in other.weights]
 
 
 def test_widened_net_is_like_a_fresh_one_and_keeps_its_function():

@@ -9,56 +9,19 @@ import pytest
 import tensorflow as tf
 
 from tests.surgery.hand_made import (
+    assert_as_on,
     assert_same_bits,
     batch,
     convolutional_net,
+    live_variables,
     narrow,
-    summary,
+    photograph,
     values,
     widen,
 )
 from tfgrow.surgery import optimizer as slots
 from tfgrow.surgery import rebuild
 from tfgrow.surgery.transaction import edit, transaction
-
-
-def photograph(model):
-    """Everything visible of a model and its optimizer, with identities where those matter."""
-    variables = model.variables + model.metrics_variables
-    if getattr(model, "optimizer", None) is not None:
-        variables = variables + model.optimizer.variables
-    return {
-        "values": values(variables),
-        "variables": [id(variable) for variable in variables],
-        "backend variables": [id(variable.value) for variable in variables],
-        "trainable": [id(variable) for variable in model.trainable_variables],
-        "summary": summary(model),
-        "shapes": [
-            tensor.shape
-            for layer in model.layers
-            for tensor in keras.tree.flatten([layer.input, layer.output])
-        ],
-        "specs": [id(layer.input_spec) for layer in model.layers if layer.name != "net"],
-        "configs": [(layer.get_config(), layer.get_build_config()) for layer in model.layers],
-        "functions": [model.train_function, model.test_function, model.predict_function],
-        "attributes": [
-            {name: id(value) for name, value in vars(item).items()}
-            for item in (model, *model.layers)
-        ],
-        "nodes": [
-            (len(layer._inbound_nodes), len(layer._outbound_nodes)) for layer in model.layers
-        ],
-        "known": dict(model.optimizer._trainable_variables_indices)
-        if getattr(model, "optimizer", None) is not None
-        else None,
-    }
-
-
-def assert_as_on(picture, model):
-    now = photograph(model)
-    assert_same_bits(now.pop("values"), picture["values"])
-    for name, found in now.items():
-        assert found == picture[name], name
 
 
 @pytest.fixture
@@ -300,11 +263,6 @@ def test_a_snapshot_copies_no_weights():
         assert address(held) != address(kernel.value.read_value())
         block.rollback()
         np.testing.assert_array_equal(kernel, before)
-
-
-def live_variables():
-    gc.collect()
-    return sum(isinstance(item, tf.Variable) for item in gc.get_objects())
 
 
 def cycle(model, commit):

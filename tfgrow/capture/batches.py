@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -11,6 +11,8 @@ import numpy as np
 import tensorflow as tf
 
 Batch = tuple[Any, Any, Any]
+"""`(x, y, sample_weight)`, each an array or a structure of arrays."""
+
 BATCH_SIZE = 256
 
 
@@ -24,7 +26,8 @@ def batches_of(dataset, batch_size: int = BATCH_SIZE, seed: int | None = None) -
       seed: arrays are shuffled with it; None keeps their order.
 
     Yields:
-      `(x, y, sample_weight)` as tensors, the weights float32 (ones by default).
+      `(x, y, sample_weight)` as tensors, the weights float32 (ones by default). For a model of
+      several outputs y is a structure of tensors, and the weights may be.
 
     Raises:
       TypeError: if the dataset is none of these.
@@ -44,6 +47,18 @@ def forever(dataset, batch_size: int = BATCH_SIZE, seed: int | None = None) -> I
     while True:
         yield from batches_of(dataset, batch_size, None if seed is None else seed + epoch)
         epoch += 1
+
+
+def size_of_batch(batch: Batch) -> int:
+    """Number of its samples."""
+    return int(tf.nest.flatten(batch[0])[0].shape[0])
+
+
+def map_arrays(function: Callable, *structures: Any) -> Any:
+    """`tf.nest.map_structure` that leaves None, which outputs without a loss may have, alone."""
+    return tf.nest.map_structure(
+        lambda *parts: None if parts[0] is None else function(*parts), *structures
+    )
 
 
 def check_finite(dataset) -> None:
@@ -76,7 +91,7 @@ def _raw_batches(dataset, batch_size, seed):
 
 def _array_batches(arrays, batch_size, seed):
     arrays = tuple(part for part in arrays if part is not None)
-    parts = tf.nest.flatten(arrays)
+    parts = [part for part in tf.nest.flatten(arrays) if part is not None]
     if any(np.ndim(part) == 0 for part in parts):
         raise TypeError(
             "Expected (x, y) as arrays, found Python lists or scalars; give np.asarray(x)."
@@ -90,7 +105,7 @@ def _array_batches(arrays, batch_size, seed):
         np.random.default_rng(seed).shuffle(order)
     for start in range(0, length, batch_size):
         rows = order[start : start + batch_size]
-        yield tf.nest.map_structure(lambda part: np.asarray(part)[rows], arrays)  # noqa: B023
+        yield map_arrays(lambda part: np.asarray(part)[rows], arrays)  # noqa: B023
 
 
 def _standard(batch) -> Batch:
@@ -100,12 +115,14 @@ def _standard(batch) -> Batch:
             f"A batch has {found}; expected (x, y) or (x, y, sample_weight): growth estimates the "
             "change of the loss, so it needs targets."
         )
-    x, y = (tf.nest.map_structure(tf.convert_to_tensor, part) for part in batch[:2])
-    targets = tf.nest.flatten(y)
-    y = targets[0] if len(targets) == 1 else y  # a single output may be given by its name
+    x, y = (map_arrays(tf.convert_to_tensor, part) for part in batch[:2])
     size = tf.shape(tf.nest.flatten(x)[0])[0]
     weight = batch[2] if len(batch) == 3 and batch[2] is not None else tf.ones((size,))
+    return x, y, map_arrays(_standard_weight, weight)
+
+
+def _standard_weight(weight):
     weight = tf.cast(weight, tf.float32)
     while weight.shape.rank > 1 and weight.shape[-1] == 1:
         weight = tf.squeeze(weight, axis=-1)
-    return x, y, weight
+    return weight

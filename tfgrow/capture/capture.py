@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -37,7 +38,7 @@ class Capture:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Head:
-    """Where the network ends and the loss begins.
+    """Where the network ends at one of its outputs, and that output's loss begins.
 
     Attributes:
       tap: the logits.
@@ -48,24 +49,29 @@ class Head:
     activation: Any
 
 
-def find_head(graph: Graph) -> Head:
+Cotangents = Mapping[int, Any]
+"""Cotangents of logits by the number of their head; those of heads not named are zero."""
+
+
+def find_head(graph: Graph, number: int = 0) -> Head:
     """A last softmax or sigmoid belongs to the loss: the logits are what enters it.
 
     Layers behind it that change nothing in inference mode (dropout, a linear activation that casts)
     are looked through.
+
+    Args:
+      graph: the traced model.
+      number: which of its outputs.
     """
-    if len(graph.outputs) != 1:
-        raise ValueError(
-            f"The model has {len(graph.outputs)} outputs; the Gauss-Newton estimate needs exactly "
-            "one. Train the heads as one concatenated output, or grow a single-output model."
-        )
-    output = graph.outputs[0]
+    output = graph.outputs[number]
     node = _maker(graph, output)
     while node is not None and changes_nothing(node.operation):
         output = node.inputs[0]
         node = _maker(graph, output)
     if node is None:
-        raise ValueError("The model's output is one of its inputs: there is nothing to grow.")
+        key = graph.output_keys[number]
+        which = f" '{key}'" if len(graph.outputs) > 1 else ""
+        raise ValueError(f"The model's output{which} is one of its inputs: nothing there can grow.")
     if node.mixing:
         return Head(linear_tap(node.index), getattr(node.operation, "activation", None))
     kind = type(node.operation).__name__
@@ -124,22 +130,22 @@ def prepare_inputs(graph: Graph, x) -> list:
 
 def capture(
     graph: Graph,
-    head: Head,
+    heads: Sequence[Head],
     x,
     taps: Sequence[Tap],
-    gradient_of: Callable[[Any], Any],
-    columns_of: Callable[[Any], Sequence[Any]],
+    gradient_of: Callable[[list], Cotangents],
+    columns_of: Callable[[list], Sequence[Cotangents]],
     reuse_gradient: Callable[[Any], Any] | None = None,
 ) -> Capture:
     """One forward pass, one backward pass, and one backward pass per curvature column.
 
     Args:
       graph: the traced model.
-      head: where its logits are.
+      heads: where its logits are.
       x: the batch's inputs.
       taps: where gradient and columns are wanted.
-      gradient_of: logits -> gradient of the weighted per-sample loss at them.
-      columns_of: logits -> the factor's columns at them, each shaped like the logits.
+      gradient_of: logits of all heads -> gradient of the weighted per-sample loss at them.
+      columns_of: logits of all heads -> the factor's columns at them.
       reuse_gradient: when the one column is the gradient up to a factor per sample (empirical
         curvature), the function that rescales it; no column is back-propagated then.
     """
@@ -150,20 +156,23 @@ def capture(
         def watch(tap, value):
             if tap not in wanted:
                 return value
-            if tap[0] == "input":
-                value = tf.identity(value)  # what others read is not meant
+            # What others read is not meant; a layer like dropout hands on the very same tensor.
+            value = tf.identity(value)
             tape.watch(value)
             return value
 
         wanted = set(taps)
         values = execute(graph, prepare_inputs(graph, x), watch)
-        logits = values[head.tap]
+        logits = [values[head.tap] for head in heads]
 
-    def back_propagate(cotangent) -> list:
+    def back_propagate(cotangents) -> list:
         gradients = tape.gradient(
-            logits,
+            [logits[number] for number in cotangents],
             [values[tap] for tap in taps],
-            output_gradients=tf.stop_gradient(tf.cast(cotangent, logits.dtype)),
+            output_gradients=[
+                tf.stop_gradient(tf.cast(cotangent, logits[number].dtype))
+                for number, cotangent in cotangents.items()
+            ],
             unconnected_gradients=tf.UnconnectedGradients.ZERO,
         )
         for tap, gradient in zip(taps, gradients, strict=True):
@@ -175,9 +184,12 @@ def capture(
         gradients = back_propagate(first)
         passes = [tf.stack([value, reuse_gradient(value)]) for value in gradients]
     elif len(graph.nodes) > DEEP:
-        cotangents = tf.stack([first, *columns_of(logits)])
         kinds = [tf.TensorSpec(values[tap].shape, values[tap].dtype) for tap in taps]
-        passes = tf.map_fn(back_propagate, cotangents, fn_output_signature=kinds)
+        loops = [
+            tf.map_fn(back_propagate, cotangents, fn_output_signature=kinds)
+            for cotangents in _stacked([first, *columns_of(logits)])
+        ]
+        passes = [tf.concat(of_tap, axis=0) for of_tap in zip(*loops, strict=True)]
     else:
         each = [back_propagate(one) for one in (first, *columns_of(logits))]
         passes = [tf.stack(of_tap) for of_tap in zip(*each, strict=True)]
@@ -185,16 +197,26 @@ def capture(
     return Capture(stopped, dict(zip(taps, passes, strict=True)))
 
 
+def _stacked(each: Sequence[Cotangents]) -> list[Cotangents]:
+    """Cotangents of the same heads that stand together, as stacks; in their order."""
+    runs = itertools.groupby(each, key=lambda cotangents: sorted(cotangents))
+    found: list[Cotangents] = []
+    for heads, run in runs:
+        members = list(run)
+        found.append({head: tf.stack([one[head] for one in members]) for head in heads})
+    return found
+
+
 def observe(graph: Graph, x) -> Capture:
     """One forward pass: the values of all taps, without gradient and columns."""
     return Capture(execute(graph, prepare_inputs(graph, x)), {})
 
 
-def push_forward(graph: Graph, head: Head, x, tangents: Mapping[Tap, Any]):
-    """The forward-mode twin: all tangents pushed to the logits at once.
+def push_forward(graph: Graph, heads: Sequence[Head], x, tangents: Mapping[Tap, Any]):
+    """The forward-mode twin: all tangents pushed to the logits of all heads at once.
 
     Returns:
-      The logits, and J times the sum of the tangents, shaped like them.
+      The logits by head, and J times the sum of the tangents, shaped like them.
     """
     inputs = prepare_inputs(graph, x)
     taps = list(tangents)
@@ -203,7 +225,7 @@ def push_forward(graph: Graph, head: Head, x, tangents: Mapping[Tap, Any]):
     with tf.autodiff.ForwardAccumulator(probes, pushed) as accumulator:
         at = dict(zip(taps, probes, strict=True))
         values = execute(graph, inputs, lambda tap, value: value + at[tap] if tap in at else value)
-        logits = values[head.tap]
+        logits = [values[head.tap] for head in heads]
     jvp = accumulator.jvp(logits, unconnected_gradients=tf.UnconnectedGradients.ZERO)
     return logits, jvp
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,33 +13,43 @@ from tfgrow.capture.capture import flat_inputs
 from tfgrow.graph.nodes import Graph
 
 
-def check_batch(model: Any, graph: Graph, batch: Batch, labels: range | None = None) -> Batch:
+def check_batch(
+    model: Any, graph: Graph, batch: Batch, labels: Sequence[tuple[str, range | None]]
+) -> Batch:
     """The batch, if it fits the model.
 
     Args:
       model: named in errors.
       graph: the model's graph.
-      batch: `(x, y, weight)`.
-      labels: the class indices that targets may hold; None if targets are no indices.
+      batch: `(x, targets, weights)`, a target and a weight per output that has a loss.
+      labels: of those outputs, the name and the class indices that targets may hold; None if
+        targets are no indices.
 
     Raises:
       ValueError: inputs of another number or shape, negative weights, labels that are no class.
     """
-    x, y, weight = batch
+    x, targets, weights = batch
     _check_inputs(model, graph, flat_inputs(graph, x))
-    if float(tf.reduce_min(weight)) < 0:
-        raise ValueError(
-            f"Sample weights must be >= 0; found {float(tf.reduce_min(weight))}: the estimate "
-            "takes their square root."
-        )
-    if labels is not None:
-        low, high = float(tf.reduce_min(y)), float(tf.reduce_max(y))
-        if low < labels.start or high >= labels.stop:
+    for weight in weights:
+        if float(tf.reduce_min(weight)) < 0:
             raise ValueError(
-                f"The targets hold the labels {low:g} to {high:g}, but model '{model.name}' has "
-                f"outputs for the classes {labels.start} to {labels.stop - 1}."
+                f"Sample weights must be >= 0; found {float(tf.reduce_min(weight))}: the estimate "
+                "takes their square root."
             )
+    for y, (key, classes) in zip(targets, labels, strict=True):
+        if classes is not None:
+            of = f" of output '{key}'" if len(graph.outputs) > 1 else ""
+            _check_labels(model, y, classes, of)
     return batch
+
+
+def _check_labels(model, y, classes: range, of: str) -> None:
+    low, high = float(tf.reduce_min(y)), float(tf.reduce_max(y))
+    if low < classes.start or high >= classes.stop:
+        raise ValueError(
+            f"The targets{of} hold the labels {low:g} to {high:g}, but model '{model.name}' has "
+            f"outputs for the classes {classes.start} to {classes.stop - 1}."
+        )
 
 
 def _check_inputs(model, graph: Graph, flat) -> None:

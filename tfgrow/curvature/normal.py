@@ -26,6 +26,9 @@ the estimate and are much truer to it. Added units of a VGG on CIFAR-10, estimat
 change: Pearson 0.58 at damping 0.1, 0.77 at 0.3, 0.95 at 1, for true changes of equal size.
 """
 
+LEARNING_DAMPING = 0.3
+"""Relative damping of the closed forms while learning; halves of the data choose the final one."""
+
 LEAST_ENERGY = 0.1
 """A unit that fires less is damped as one that fires so much, relative to its site's live units.
 
@@ -108,6 +111,37 @@ def _sample_gradients(u, c):
     return tf.reshape(outer, (u.shape[1], passes, -1, u.shape[3] * outputs))
 
 
+def solve_factored(sums: Sums, damping) -> tf.Tensor:
+    """`solve_sums` for one consumer with Q factored, and damping factored too.
+
+    Each factor is damped by the root of the relative damping (Martens & Grosse 2015, section 6.3),
+    which needs no eigenvectors: for wide layers they take ten times as long as the rest.
+    """
+    a = tf.cast(sums["a/0"], tf.float64)
+    s = tf.cast(sums["s/0"], tf.float64)[None]
+    s = tf.math.divide_no_nan(s, tf.cast(sums["rows/0"], tf.float64))
+    g = tf.reshape(tf.cast(sums["g"], tf.float64), (-1, a.shape[-1], s.shape[-1]))
+    first, second = (_damped_cholesky(matrix, damping**0.5) for matrix in (a, s))
+    half = tf.linalg.cholesky_solve(first, g)
+    solved = tf.linalg.cholesky_solve(second, tf.linalg.matrix_transpose(half))
+    phi = -tf.reshape(tf.linalg.matrix_transpose(solved), (-1, g.shape[1] * g.shape[2]))
+    return _bounded(sums, phi)
+
+
+def _damped_cholesky(matrix, damping):
+    diagonal = tf.linalg.diag_part(matrix)
+    ridge = tf.maximum(damping * tf.reduce_mean(diagonal, axis=-1, keepdims=True), 1e-30)
+    return tf.linalg.cholesky(tf.linalg.set_diag(matrix, diagonal + ridge))
+
+
+def _bounded(sums: Sums, phi) -> tf.Tensor:
+    """The weights, shortened if they promise more than `MOST_GAIN`; in float32."""
+    gain = -_quadratic(sums, phi)
+    most = MOST_GAIN * tf.cast(sums["loss"], tf.float64)
+    share = tf.where((gain > most) & (most > 0), most / gain, 1.0)
+    return tf.cast(phi * share[..., None], tf.float32)
+
+
 def solve_sums(sums: Sums, damping) -> tf.Tensor:
     """`phi [n, W] = -(Q + damping * mean(diag Q))^-1 G`.
 
@@ -123,10 +157,7 @@ def solve_sums(sums: Sums, damping) -> tf.Tensor:
         phi = _solve_dense(g, tf.cast(sums["q"], tf.float64), damping)
     else:
         phi = _solve_kronecker(g, sums, damping)
-    gain = -_quadratic(sums, phi)
-    most = MOST_GAIN * tf.cast(sums["loss"], tf.float64)
-    share = tf.where((gain > most) & (most > 0), most / gain, 1.0)
-    return tf.cast(phi * share[..., None], tf.float32)
+    return _bounded(sums, phi)
 
 
 def _solve_dense(g, q, damping):

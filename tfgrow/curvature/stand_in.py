@@ -5,6 +5,11 @@ site's units and a last one is the constant 1: v_c is -1 in the *change* of the 
 the other entries are free. The estimate is `g_c.v + 1/2 v'Q_c v`, with the derivatives taken at the
 unit's own channel of what the consumers read.
 
+What is minimised is not quite the estimate but `PULL g_c.v + 1/2 v'(Q_c + BLEND s_c A) v`, with A
+the products of the values with each other and s_c the mean square of the unit's columns. `s_c A` is
+what K-FAC takes for Q_c: errors at one position can't cancel those at another. That they cancel
+holds only as far as the network is linear, so relying on it less is truer.
+
 Layouts: units under study `n`, all of the site's units `U`; `values` `[N, P, U + 1, B]` per leaf
 and its covectors `[1 + K, N, P, n, B]`, the gradient first.
 """
@@ -19,7 +24,20 @@ import tensorflow as tf
 from tfgrow.curvature.normal import damped_solve, quadratic_at
 
 DENSE_LIMIT = 4096
-"""Above so many pairs of a unit under study and a unit that may stand in, Q_c is factored."""
+"""Above so many pairs of a unit under study and a unit that may stand in, Q_c is factored.
+
+Then nothing larger than `[U + 1, U + 1]` is ever made, and one eigendecomposition serves all units.
+"""
+
+PULL = 0.7
+"""Share of the gradient that is followed: 0.7 of the way to the minimum brings 91 % of its gain.
+
+Single removals of a VGG on CIFAR-10, median relative error of the estimate: 18 % at 1, 10 % at 0.7.
+"""
+
+BLEND = 0.3
+"""Weight of the factored curvature beside the whole one. On the same network the error is 7 % with
+it, and the real loss after a removal about the same; see docs/fidelity.md."""
 
 STANDS_IN = 0.1
 """Units that go together must not hang on each other: largest share of one in another's place."""
@@ -33,24 +51,28 @@ Sums = Mapping[str, tf.Tensor]
 def zero_sums(studied: int, units: int) -> dict[str, tf.Tensor]:
     """Sums of no data at all, for `studied` of a site's `units`."""
     size = units + 1
-    sums = {"g": tf.zeros((studied, size)), "loss": tf.zeros(())}
-    if studied * size <= DENSE_LIMIT:
-        return {**sums, "q": tf.zeros((studied, size, size))}
-    return {**sums, "a": tf.zeros((size, size)), "s": tf.zeros((studied,)), "rows": tf.zeros(())}
+    sums = {
+        "g": tf.zeros((studied, size)),
+        "a": tf.zeros((size, size)),
+        "s": tf.zeros((studied,)),
+        "rows": tf.zeros(()),
+        "loss": tf.zeros(()),
+    }
+    return {**sums, "q": tf.zeros((studied, size, size))} if _dense(studied, size) else sums
+
+
+def _dense(studied: int, size: int) -> bool:
+    return studied * size <= DENSE_LIMIT
 
 
 def stand_in_sums(values: Sequence, covectors: Sequence) -> dict[str, tf.Tensor]:
     """Sums of one batch, over the leaves of a site.
 
-    `{"g": [n, U + 1], "q": [n, U + 1, U + 1]}`, or with Q_c factored as `s_c * a / rows` (the
-    unit's sensitivity apart from the correlations of the values, as K-FAC has it).
+    `{"g": [n, U + 1], "a": [U + 1, U + 1], "s": [n], "rows": []}`: the products of the values with
+    the gradient and with each other, and the squares of the columns, over so many rows; and where
+    it is not too large the whole of `"q"` `[n, U + 1, U + 1]`, which else is `s_c * a / rows`.
     """
     size, studied = values[0].shape[2], covectors[0].shape[3]
-    if studied * size <= DENSE_LIMIT:
-        scalars = tf.add_n([_products(v, c) for v, c in zip(values, covectors, strict=True)])
-        columns = tf.reshape(tf.transpose(scalars[1:], (2, 0, 1, 3)), (studied, -1, size))
-        q = tf.matmul(columns, columns, transpose_a=True)
-        return {"g": tf.reduce_sum(scalars[0], axis=0), "q": q}
     sums: dict[str, tf.Tensor] = {}
     for v, c in zip(values, covectors, strict=True):
         rows = tf.reshape(tf.transpose(v, (0, 1, 3, 2)), (-1, size))
@@ -62,46 +84,82 @@ def stand_in_sums(values: Sequence, covectors: Sequence) -> dict[str, tf.Tensor]
             "rows": tf.cast(tf.shape(rows)[0], tf.float32),
         }
         sums = {name: sums[name] + part[name] if sums else part[name] for name in part}
+    if _dense(studied, size):
+        scalars = tf.add_n([_products(v, c[1:]) for v, c in zip(values, covectors, strict=True)])
+        columns = tf.reshape(tf.transpose(scalars, (2, 0, 1, 3)), (studied, -1, size))
+        sums["q"] = tf.matmul(columns, columns, transpose_a=True)
     return sums
 
 
 def _products(values, covectors):
-    """`[1 + K, N, n, U + 1]`: every sample's derivative with respect to v."""
+    """`[K, N, n, U + 1]`: every sample's derivative with respect to v, by column."""
     passes, size, studied = covectors.shape[0], values.shape[2], covectors.shape[3]
     positions = tf.shape(values)[1] * values.shape[3]
     rows = tf.reshape(tf.transpose(values, (0, 1, 3, 2)), (-1, positions, size))
-    slopes = tf.transpose(covectors, (1, 0, 3, 2, 4))  # [N, 1 + K, n, P, B]
+    slopes = tf.transpose(covectors, (1, 0, 3, 2, 4))  # [N, K, n, P, B]
     slopes = tf.reshape(slopes, (-1, passes * studied, positions))
     products = tf.reshape(tf.matmul(slopes, rows), (-1, passes, studied, size))
     return tf.transpose(products, (1, 0, 2, 3))
 
 
-def solve(sums: Sums, free: np.ndarray, own: np.ndarray, damping) -> tf.Tensor:
-    """The minimising `v`, with -1 at the unit itself and 0 where it is not free.
+def solve(sums: Sums, free: np.ndarray, own: np.ndarray, damping) -> np.ndarray:
+    """The minimising `v` (see the module), with -1 at the unit itself and 0 where it is not free.
 
     Args:
       sums: from `stand_in_sums`, added up over batches.
-      free: bool `[n, U + 1]`, which entries may differ from 0.
+      free: bool `[U + 1]`, which entries may differ from 0.
       own: int `[n]`, each unit's own entry.
-      damping: relative to the mean diagonal of Q_c, a number or one per unit `[n]`; or several of
-        them `[D, 1]`.
+      damping: relative to the mean diagonal of the curvature, a number or one per unit `[n]`; or
+        several of them `[D, 1]`.
 
     Returns:
       Float64 `[n, U + 1]`, or `[D, n, U + 1]`.
     """
-    g, q = _expanded(sums)
-    itself = np.eye(q.shape[-1])[own]
+    damping = np.asarray(damping, dtype=np.float64)
+    return (_solve_whole if "q" in sums else _solve_factored)(sums, free, own, damping)
+
+
+def _solve_whole(sums, free, own, damping):
+    g, q, a = (_double(sums[name]) for name in ("g", "q", "a"))
+    q = q + BLEND * _sensitivity(sums)[:, None, None] * a
+    itself = np.eye(len(free))[own]
     mask = free * (1.0 - itself)
     inner = q * mask[:, :, None] * mask[:, None, :]
-    pull = mask * (tf.linalg.matvec(q, itself) - g)
-    diagonal = tf.reduce_sum(tf.linalg.diag_part(inner), -1)
-    mean = tf.math.divide_no_nan(diagonal, mask.sum(axis=-1))
-    ridge = tf.maximum(tf.cast(damping, tf.float64) * mean, 1e-30)
-    return damped_solve(inner, ridge[..., None] * mask + (1.0 - mask), pull) * mask - itself
+    pull = mask * (np.einsum("nij,nj->ni", q, itself) - PULL * g)
+    diagonal = np.einsum("nii->n", inner)
+    ridge = _ridge(damping, diagonal, mask.sum(axis=-1))
+    extra = tf.constant(ridge[..., None] * mask + (1.0 - mask))
+    return damped_solve(inner, extra, pull).numpy() * mask - itself
+
+
+def _solve_factored(sums, free, own, damping):
+    """All units share A, which is taken apart once, whatever their number and their dampings.
+
+    A unit's own entry is held at 0 by a multiplier: with `P = (A + ridge)^-1` the solution without
+    the entry c is `P b - P e_c (P b)_c / P_cc`.
+    """
+    g, a = (_double(sums[name]) for name in ("g", "a"))
+    stay = np.flatnonzero(free)
+    itself = (own[:, None] == stay).astype(np.float64)
+    shared = a[np.ix_(stay, stay)]
+    eigenvalues, vectors = np.linalg.eigh(shared)
+    slope = PULL * _ratio(g[:, stay], (1.0 + BLEND) * _sensitivity(sums)[:, None])
+    pull = (a[np.ix_(own, stay)] - slope) * (1.0 - itself)
+    others = (1.0 - itself) @ np.diag(shared)
+    ridge = _ridge(damping, others, len(stay) - itself.sum(axis=-1))
+    weights = 1.0 / (np.maximum(eigenvalues, 0.0) + ridge[..., None])
+    along = (pull @ vectors) * weights @ vectors.T
+    own_way = (itself @ vectors) * weights @ vectors.T
+    mine, own_size = ((itself * part).sum(axis=-1, keepdims=True) for part in (along, own_way))
+    along -= own_way * _ratio(mine, own_size)
+    v = np.zeros((*ridge.shape, len(free)))
+    v[..., stay] = along * (1.0 - itself)
+    v[..., np.arange(len(own)), own] = -1.0
+    return v
 
 
 def spread_out(sums: Sums, free: np.ndarray, own: np.ndarray, damping, most: int) -> np.ndarray:
-    """Which entries may be used if up to `most` units are to go together: bool `[n, U + 1]`.
+    """Which entries may be used if up to `most` units are to go together: bool `[U + 1]`.
 
     Units that may all go must not stand in for each other. The cheapest ones are found by backward
     elimination: the next one to go is chosen with the others standing in only on those that stay.
@@ -114,13 +172,12 @@ def spread_out(sums: Sums, free: np.ndarray, own: np.ndarray, damping, most: int
       most: how many units to spare from standing in.
     """
     free = free.copy()
-    itself = np.zeros_like(free, dtype=float)
-    itself[np.arange(len(own)), own] = 1.0
     gone: list[int] = []
     while len(gone) < min(most, len(own) - 1):
-        v = solve(sums, free, own, damping).numpy()
-        cost = quadratic_at(*_expanded(sums), v).numpy()
-        standing = np.abs(v * (1.0 - itself))
+        v = solve(sums, free, own, damping)
+        cost = _value(sums, v)
+        standing = np.abs(v)
+        standing[np.arange(len(own)), own] = 0.0
         chunk: list[int] = []
         for row in np.argsort(cost, kind="stable"):
             leans = [*standing[row, own[chunk]], *standing[chunk, own[row]]]
@@ -131,22 +188,40 @@ def spread_out(sums: Sums, free: np.ndarray, own: np.ndarray, damping, most: int
         if not chunk:
             break
         gone += chunk
-        free[:, own[chunk]] = False
+        free[own[chunk]] = False
     return free
 
 
 def change(sums: Sums, own: np.ndarray, v) -> np.ndarray:
     """The estimate at `v` `[..., n, U + 1]` less that of leaving the units out, `[..., n]`."""
-    g, q = _expanded(sums)
-    alone = -np.eye(q.shape[-1])[own]
-    return (quadratic_at(g, q, v) - quadratic_at(g, q, alone)).numpy()
+    alone = -np.eye(sums["g"].shape[-1])[own]
+    return _value(sums, np.asarray(v)) - _value(sums, alone)
 
 
-def _expanded(sums: Sums) -> tuple[tf.Tensor, tf.Tensor]:
-    """G and Q_c in double precision."""
-    g = tf.cast(sums["g"], tf.float64)
+def _value(sums: Sums, v: np.ndarray) -> np.ndarray:
+    """`g_c.v + 1/2 v'Q_c v`, `[..., n]`."""
+    g = _double(sums["g"])
     if "q" in sums:
-        return g, tf.cast(sums["q"], tf.float64)
-    sensitivity = tf.math.divide_no_nan(sums["s"], sums["rows"])
-    a = tf.cast(sums["a"], tf.float64)
-    return g, tf.cast(sensitivity, tf.float64)[:, None, None] * a[None]
+        return quadratic_at(g, _double(sums["q"]), v).numpy()
+    curvature = _sensitivity(sums) * ((v @ _double(sums["a"])) * v).sum(axis=-1)
+    return (g * v).sum(axis=-1) + 0.5 * curvature
+
+
+def _sensitivity(sums: Sums) -> np.ndarray:
+    """What Q_c has on A, `[n]`."""
+    return _ratio(_double(sums["s"]), _double(sums["rows"]))
+
+
+def _ridge(damping: np.ndarray, diagonal: np.ndarray, entries: np.ndarray) -> np.ndarray:
+    # a unit that nothing depends on has no curvature: the floor keeps 0/0 from becoming NaN
+    return np.maximum(damping * diagonal / np.maximum(entries, 1.0), 1e-30)
+
+
+def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    """The quotient, 0 where the divisor is."""
+    shape = np.broadcast_shapes(np.shape(above), np.shape(below))
+    return np.divide(above, below, out=np.zeros(shape), where=below != 0)
+
+
+def _double(value) -> np.ndarray:
+    return np.asarray(value, dtype=np.float64)

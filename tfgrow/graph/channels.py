@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-import keras
 import numpy as np
 
 from tfgrow._keras import takes_mask
@@ -19,6 +18,7 @@ from tfgrow.graph.nodes import Graph, Node
 from tfgrow.layers import registry
 from tfgrow.layers.growable import Channelwise
 from tfgrow.layers.joins import Join, in_a_row, join_view
+from tfgrow.layers.unsupported import unsupported
 from tfgrow.types import ChannelMap
 
 Owners = dict[int, ChannelMap]
@@ -32,18 +32,27 @@ class Flow:
       sizes: tensor id -> length of its last axis; None where that is unknown.
     """
 
-    def __init__(self, graph: Graph, widths: Mapping[int, int] | None = None):
+    def __init__(
+        self, graph: Graph, widths: Mapping[int, int] | None = None, tied_as: Flow | None = None
+    ):
         """Follows the channels.
 
         Args:
           graph: the traced model.
           widths: index of a producer's node -> its number of channels, if not the present one.
+          tied_as: the flow at other widths that says which channels are tied. At the given ones it
+            could look otherwise: one channel that is left of several is as wide as a gate's.
         """
         self.sizes: dict[int, int | None] = {}
         self._graph = graph
         self._widths = widths or {}
         self._owners: dict[int, Owners] = {}
+        self._tied_as = tied_as
         self._parents: dict[int, int] = {}
+        if tied_as is not None:
+            roots = ((n.index, tied_as.root(n.index)) for n in graph.nodes if n.mixing)
+            self._parents = {producer: root for producer, root in roots if producer != root}
+        self._alike_by_chance: set[int] = set()
         self._reasons: dict[int, str] = {}
         self._makers = {tensor: node for node in graph.nodes for tensor in node.outputs}
         for tensor, symbol in graph.tensors.items():
@@ -56,6 +65,8 @@ class Flow:
                     owner,
                     f"the channels of '{self.name(owner)}' reach the model's output unmixed",
                 )
+        if not self._widths:
+            self._check_wider()
 
     def at(self, tensor: int) -> Owners:
         """Whose channels lie where on a tensor's last axis, by the first of the tied producers."""
@@ -92,6 +103,15 @@ class Flow:
     def name(self, producer: int) -> str:
         return self._graph.nodes[producer].name
 
+    def _check_wider(self) -> None:
+        """Blocks what is tied while it is one channel wide, and would not be when wider."""
+        for root in dict.fromkeys(self.root(owner) for owner in self._alike_by_chance):
+            tied = [node.index for node in self.tied(root)]
+            wider = Flow(self._graph, dict.fromkeys(tied, 2))
+            for owner in tied:
+                if owner in wider._reasons:
+                    self._block(owner, wider._reasons[owner])
+
     def _block(self, owner: int, reason: str) -> None:
         self._reasons.setdefault(owner, reason)
 
@@ -105,7 +125,7 @@ class Flow:
         if node.mixing:
             self._visit_mixing(node)
             return
-        join = join_view(node.operation) if len(node.inputs) > 1 else None
+        join = join_of(self._graph, node)
         if join is not None:
             self._visit_join(node, join)
             return
@@ -163,7 +183,7 @@ class Flow:
                     self._owners[target][owner] = row
 
     def _tie(self, node: Node, target: int) -> None:
-        wide = tied_inputs(self, node)
+        wide = tied_inputs(self._tied_as or self, node)
         narrow = [tensor for tensor in node.inputs if tensor not in wide]
         self._block_all(
             narrow, f"the one channel of {{}} is spread by '{node.name}' over those of others"
@@ -173,12 +193,18 @@ class Flow:
             self._block_all(
                 wide, f"the channels of {{}} meet tensors of another rank in '{node.name}'"
             )
-        for tensor in wide:
-            for owner, at in list(self.at(tensor).items()):
-                for other in wide:
-                    self._tie_to(node, self.root(owner), at, other)
+        if self._tied_as is None:
+            self._tie_all(node, wide)
         self.sizes[target] = max(self.sizes[tensor] or 0 for tensor in wide)
         self._owners[target] = {o: at for tensor in wide for o, at in self.at(tensor).items()}
+
+    def _tie_all(self, node: Node, wide: list[int]) -> None:
+        for tensor in wide:
+            for owner, at in list(self.at(tensor).items()):
+                if at.units == 1 and at.blocks > 1:
+                    self._alike_by_chance.add(owner)
+                for other in wide:
+                    self._tie_to(node, self.root(owner), at, other)
 
     def _tie_to(self, node: Node, owner: int, at: ChannelMap, tensor: int) -> None:
         for other, place in self.at(tensor).items():
@@ -202,6 +228,11 @@ def _together(first: ChannelMap, second: ChannelMap) -> ChannelMap:
     return ChannelMap(np.sort(index, axis=1), first.size)
 
 
+def join_of(graph: Graph, node: Node) -> Join | None:
+    """A node as a join of several tensors, or None if it isn't one."""
+    return join_view(node.operation, graph.tensors[node.outputs[0]]) if node.inputs[1:] else None
+
+
 def tied_inputs(flow: Flow, node: Node) -> list[int]:
     """Those inputs of an elementwise join whose channels are tied: not one spread over others."""
     widest = max(flow.sizes[tensor] or 0 for tensor in node.inputs)
@@ -211,7 +242,7 @@ def tied_inputs(flow: Flow, node: Node) -> list[int]:
 def _why_no_consumer(graph: Graph, node: Node) -> str | None:
     """Why a mixing layer can't read more channels; `{}` stands for the producer's name."""
     consumer = node.operation
-    reason = called_too_often(graph, consumer) or registry.blocked_reason(consumer)
+    reason = called_too_often(graph, consumer) or registry.consumer_blocked(consumer)
     if reason:
         return f"the channels of {{}} reach a blocked consumer: {reason}"
     if not consumer.trainable:
@@ -233,9 +264,16 @@ def _why_no_step(graph: Graph, node: Node, view: Channelwise | None) -> str | No
     if view is None or len(node.inputs) != 1:
         kind = type(layer).__name__
         return f"the channels of {{}} reach '{node.name}' ({kind}), " + _why_not_channelwise(layer)
-    often = called_too_often(graph, layer) if getattr(layer, "weights", None) else None
-    reason = often or registry.blocked_reason(layer)
+    reason = registry.blocked_reason(layer)
+    # What has neither weights nor a shape to adapt may be called as often as one likes.
+    if reason is None and (getattr(layer, "weights", None) or _adapts(graph, node, view)):
+        reason = called_too_often(graph, layer)
     return f"on the path of {{}}: {reason}" if reason else None
+
+
+def _adapts(graph: Graph, node: Node, view: Channelwise) -> bool:
+    size = graph.tensors[node.inputs[0]].shape[-1]
+    return size is not None and bool(view.resized_attributes(size))
 
 
 def called_too_often(graph: Graph, layer) -> str | None:
@@ -254,10 +292,8 @@ def _flattens_unknown(graph: Graph, node: Node, view: Channelwise) -> bool:
 
 
 def _why_not_channelwise(layer) -> str:
-    if isinstance(layer, keras.Model):
-        return (
-            "a nested model; tfgrow.convert(model) inlines nested Functional and Sequential models"
-        )
+    if known := unsupported(layer):
+        return known
     if registry.growable_class(layer) is not None:
         return "a stock layer; make the model growable with tfgrow.convert(model)"
     return "which mixes channels or is unknown to tfgrow"

@@ -15,6 +15,7 @@ import keras
 from tfgrow._keras import compile_arguments, layers_within, optimizer_weights, trusting_configs
 from tfgrow.graph.nodes import functional_of, trace
 from tfgrow.layers import registry
+from tfgrow.layers.expansions import expansion
 from tfgrow.layers.growable import from_stock, live_config, to_stock
 
 
@@ -23,7 +24,9 @@ def convert(model: keras.Model) -> keras.Model:
 
     Dense, convolutions, BatchNormalization and the other layers that tfgrow can widen are replaced
     by their growable twins from `tfgrow.layers`; all others stay what they are. Nested Functional
-    and Sequential models are inlined. A compiled model stays compiled, with its optimizer's state.
+    and Sequential models are inlined, separable convolutions become a depthwise one
+    (`<name>_depthwise`) and a 1x1 one, `TimeDistributed(Dense)` becomes its Dense layer. A compiled
+    model stays compiled, with its optimizer's state.
 
     Args:
       model: a built Functional or Sequential model. It is left untouched.
@@ -44,6 +47,9 @@ def convert(model: keras.Model) -> keras.Model:
     """
 
     def growable(layer):
+        pieces = expansion(layer)
+        if pieces is not None:
+            return [growable(piece) for piece in pieces]
         twin = registry.growable_class(layer)
         return _copy(layer) if twin is None else from_stock(twin, layer)
 
@@ -87,12 +93,15 @@ def copy_model(model: keras.Model, compiled: bool = True) -> keras.Model:
 
 
 def rebuild_with(model: keras.Model, replace: Callable, compiled: bool = True) -> keras.Model:
-    """A copy of a model whose layers went through `replace`, nested models inlined."""
+    """A copy of a model whose layers went through `replace`, nested models inlined.
+
+    Where `replace` gives a list, its layers are called one after the other.
+    """
     functional = functional_of(model)  # raises for what has no graph
     twins = _Twins(model, replace)
     if isinstance(model, keras.Sequential) and not _nested(model):
         first = twins.input(functional, model.inputs[0])
-        layers = [first, *(twins.of(layer) for layer in model.layers)]
+        layers = [first, *(piece for layer in model.layers for piece in twins.layers_of(layer))]
         copy = _same_class(model, layers, name=model.name)
     else:
         inputs = keras.tree.map_structure(lambda t: twins.input(functional, t), functional.input)
@@ -106,6 +115,25 @@ def rebuild_with(model: keras.Model, replace: Callable, compiled: bool = True) -
         _compile_alike(model, copy)
         _copy_optimizer_state(model, copy, twins.pairs())
     return copy
+
+
+class _Chain:
+    """Several layers in the place of one."""
+
+    def __init__(self, layers: list[keras.Layer]):
+        self.layers = layers
+
+    @property
+    def variables(self) -> list[keras.Variable]:
+        return [variable for layer in self.layers for variable in layer.variables]
+
+    def __call__(self, *args, **kwargs):
+        first, *others = self.layers
+        taken = inspect.signature(first.call).parameters
+        outputs = first(*args, **{name: kwargs[name] for name in kwargs if name in taken})
+        for layer in others:
+            outputs = layer(outputs)
+        return outputs
 
 
 class _Twins:
@@ -123,22 +151,43 @@ class _Twins:
         """The twin of a layer; inside a nested model, `prefix` tells apart what is named alike."""
         if id(layer) not in self._pairs:
             twin = _from_config(self._replace, layer)
-            if prefix and layer.name in self._ambiguous:
-                twin = _from_config(_copy, twin, name=self._free_name(layer, prefix))
+            if isinstance(twin, list):
+                twin = _Chain([self._renamed(piece, layer, prefix) for piece in twin])
+            else:
+                twin = self._renamed(twin, layer, prefix)
             self._pairs[id(layer)] = (layer, twin)
         return self._pairs[id(layer)][1]
 
+    def layers_of(self, layer) -> list[keras.Layer]:
+        """The layer, or the several, in the place of one."""
+        twin = self.of(layer)
+        return twin.layers if isinstance(twin, _Chain) else [twin]
+
+    def _renamed(self, twin, layer, prefix: str):
+        """A twin by a name that no other has."""
+        if twin.name == layer.name and not (prefix and layer.name in self._ambiguous):
+            return twin
+        if twin.name != layer.name and twin.name not in self._taken:
+            self._taken.add(twin.name)
+            return twin
+        return _from_config(_copy, twin, name=self._free_name(twin, prefix))
+
     def operation(self, operation, prefix: str):
-        """A Keras operation, or a copy by another name where its own would stand twice."""
-        if not prefix or operation.name not in self._ambiguous:
-            return operation
+        """A copy of a Keras operation, by another name where its own would stand twice.
+
+        Operations tell by their calls what else they read: each must be called in one model only.
+        """
+        renamed = prefix and operation.name in self._ambiguous
         if id(operation) not in self._operations:
-            name = self._free_name(operation, prefix)
-            self._operations[id(operation)] = _from_config(_copy, operation, name=name)
+            name = {"name": self._free_name(operation, prefix)} if renamed else {}
+            self._operations[id(operation)] = operation
+            with contextlib.nullcontext() if renamed else contextlib.suppress(ValueError):
+                # One made with arrays has no config; it can't grow either, and stays as it is.
+                self._operations[id(operation)] = _from_config(_copy, operation, **name)
         return self._operations[id(operation)]
 
     def _free_name(self, operation, prefix: str) -> str:
-        wanted = f"{prefix}_{operation.name}"
+        wanted = "_".join(filter(None, (prefix, operation.name)))
         choices = itertools.chain([wanted], (f"{wanted}_{n}" for n in itertools.count(1)))
         name = next(choice for choice in choices if choice not in self._taken)
         self._taken.add(name)
@@ -296,6 +345,8 @@ def _copy_variables(old, new) -> None:
         )
     for source, target in zip(old.variables, new.variables, strict=True):
         target.assign(source)
+    if isinstance(new, _Chain):
+        return
     for inner_old, inner_new in zip(layers_within(old), layers_within(new), strict=True):
         _copy_own_state(inner_old, inner_new)
 

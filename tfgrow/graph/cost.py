@@ -11,6 +11,8 @@ from tfgrow.graph.sites import Site
 from tfgrow.layers.growable import Growable, Mixing
 from tfgrow.types import Cost
 
+_NO_KERNELS: Mapping[str, tuple[int, ...]] = {}
+
 
 class CostModel:
     """Counts what a model costs when its sites have some units more.
@@ -37,22 +39,35 @@ class CostModel:
                 }
                 shape = graph.tensors[node.outputs[0]].shape
                 self._layers[id(layer)] = [layer, extra, shape]
-        self.base = self._count({})
+        self.base = self._count({}, {})
 
-    def extra(self, units: Mapping[str, int]) -> Cost:
-        """What the model costs more than now with `units` (site name -> number) added."""
-        key = tuple(sorted((name, count) for name, count in units.items() if count))
+    def extra(
+        self,
+        units: Mapping[str, int],
+        kernels: Mapping[str, tuple[int, ...]] = _NO_KERNELS,
+    ) -> Cost:
+        """What the model costs more than now.
+
+        Args:
+          units: site name -> number of units added.
+          kernels: layer name -> its new `kernel_size`.
+        """
+        wider = tuple(sorted((name, count) for name, count in units.items() if count))
+        key = (wider, tuple(sorted(kernels.items())))
         if key not in self._cache:
-            total = self._count(units)
+            total = self._count(units, kernels)
             self._cache[key] = Cost(total.params - self.base.params, total.flops - self.base.flops)
         return self._cache[key]
 
-    def _count(self, units) -> Cost:
+    def _count(self, units, kernels) -> Cost:
         params = flops = 0
         for layer, extra, shape in self._layers.values():
-            sizes = {name: _size(layer, name, terms, units) for name, terms in extra.items()}
+            sizes = {
+                name: _size(layer, name, terms, units, kernels.get(layer.name))
+                for name, terms in extra.items()
+            }
             params += sum(sizes.values())
-            flops += sizes.get("kernel", 0) * _flops_per_weight(layer, shape)
+            flops += sizes.get(layer.kernel_name, 0) * _flops_per_weight(layer, shape)
         return Cost(params, flops)
 
 
@@ -86,9 +101,11 @@ def _extras(sites: Sequence[Site]) -> tuple[dict, dict, dict]:
     return fan_in, fan_out, channel
 
 
-def _size(layer: Growable, name: str, terms: Mapping[str, list], units: Mapping[str, int]) -> int:
-    """Entries of a variable with `units` (site name -> number) added."""
+def _size(layer: Growable, name: str, terms: Mapping[str, list], units, kernel_size) -> int:
+    """Entries of a variable with `units` (site name -> number) added, and a larger kernel."""
     shape = list(getattr(layer, name).shape)
+    if kernel_size is not None and name == "kernel":
+        shape[: len(kernel_size)] = kernel_size
     for kind, widened in terms.items():
         axis = getattr(layer.variable_axes[name], kind)
         if axis is not None:

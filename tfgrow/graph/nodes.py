@@ -48,6 +48,8 @@ class Graph:
       inputs: tensor ids of the model's inputs, flat.
       input_keys: what a dict of inputs calls each of them, in the same order.
       outputs: tensor ids of the model's outputs, flat.
+      output_keys: what a dict of targets or losses calls each of them, in the same order.
+      names_outputs: whether the model itself gives its outputs as a dict.
       tensors: the symbolic tensor of each id (its `shape` follows the model's growth).
     """
 
@@ -55,6 +57,8 @@ class Graph:
     inputs: tuple[int, ...]
     input_keys: tuple[str, ...]
     outputs: tuple[int, ...]
+    output_keys: tuple[str, ...]
+    names_outputs: bool
     tensors: Mapping[int, Any]
 
     def readers(self, tensor: int) -> list[Node]:
@@ -113,14 +117,32 @@ def trace(model: keras.Model) -> Graph:
                 arguments=_filler(call.arguments, ids),
             )
         )
-    outputs = tuple(number(tensor) for tensor in functional.outputs)
-    return Graph(tuple(nodes), inputs, _input_keys(functional), outputs, tensors)
+    return Graph(
+        nodes=tuple(nodes),
+        inputs=inputs,
+        input_keys=_input_keys(functional),
+        outputs=tuple(number(tensor) for tensor in functional.outputs),
+        output_keys=_output_keys(functional),
+        names_outputs=_names_outputs(functional),
+        tensors=tensors,
+    )
 
 
 def _input_keys(functional) -> tuple[str, ...]:
     if isinstance(functional.input, dict):
         return tuple(keras.tree.flatten({key: key for key in functional.input}))
     return tuple(tensor.name for tensor in functional.inputs)
+
+
+def _output_keys(functional) -> tuple[str, ...]:
+    if _names_outputs(functional):
+        return tuple(keras.tree.flatten({key: key for key in functional.output}))
+    return tuple(functional.output_names)
+
+
+def _names_outputs(functional) -> bool:
+    outputs = functional.output
+    return isinstance(outputs, dict) and len(outputs) == len(functional.outputs)
 
 
 def _filler(arguments, ids):

@@ -15,12 +15,13 @@ from typing import Any
 import keras
 
 from tfgrow._keras import called_by_others, readers_of
-from tfgrow.graph.channels import Flow, called_too_often, tied_inputs
+from tfgrow.graph.channels import Flow, called_too_often, join_of, tied_inputs
 from tfgrow.graph.nodes import Graph, Node, trace
 from tfgrow.graph.versions import version_of
 from tfgrow.layers import registry
 from tfgrow.layers.growable import Mixing
 from tfgrow.layers.joins import Join, in_a_row, join_view
+from tfgrow.layers.unsupported import unsupported
 from tfgrow.types import ChannelMap
 
 
@@ -280,6 +281,8 @@ def _unknown_producer(layer) -> str:
             f"layer '{layer.name}' is a stock {kind}; make the model growable with "
             "tfgrow.convert(model)"
         )
+    if known := unsupported(layer):
+        return f"layer '{layer.name}' ({kind}), {known}"
     return (
         f"layer '{layer.name}' ({kind}) has weights that tfgrow doesn't know how to widen; "
         "subclass tfgrow.layers.Mixing to teach it"
@@ -306,7 +309,7 @@ def _path(graph: Graph, flow: Flow, root: int) -> tuple[tuple[Step, ...], tuple[
 
 def _step(graph: Graph, flow: Flow, root: int, node: Node, mine: tuple[int, ...]) -> Step:
     layer = node.operation
-    view: Any = join_view(layer) if len(node.inputs) > 1 else registry.channelwise_view(layer)
+    view: Any = join_of(graph, node) or registry.channelwise_view(layer)
     outside: tuple[int, ...] = ()
     if isinstance(view, Join) and view.ties:
         mine = tuple(tied_inputs(flow, node))

@@ -1,4 +1,4 @@
-"""DepthwiseConv2D, growable."""
+"""DepthwiseConv1D and DepthwiseConv2D, growable."""
 
 import keras
 from keras import ops
@@ -8,14 +8,12 @@ from tfgrow.layers.growable import Axes, GrowableChannelwise, channels_last_only
 from tfgrow.types import ChannelMap
 
 
-@keras.saving.register_keras_serializable(package="tfgrow")
-class DepthwiseConv2D(GrowableChannelwise, keras.layers.DepthwiseConv2D):
-    """`keras.layers.DepthwiseConv2D` whose channels grow with those of its producer.
+class _DepthwiseConv(GrowableChannelwise):
+    """What depthwise convolutions share; the Keras class beside it brings the rest.
 
     With `depth_multiplier` m, input channel c becomes the outputs c*m ... c*m + m - 1.
     """
 
-    stock_class = keras.layers.DepthwiseConv2D
     variable_axes = {"kernel": Axes(channel=-2), "bias": Axes(channel=-1)}
 
     def growth_blocked(self):
@@ -43,3 +41,17 @@ class DepthwiseConv2D(GrowableChannelwise, keras.layers.DepthwiseConv2D):
         )
         outputs = outputs + variables["bias"] if "bias" in variables else outputs
         return outputs if self.activation is None else self.activation(outputs)
+
+
+@keras.saving.register_keras_serializable(package="tfgrow")
+class DepthwiseConv1D(_DepthwiseConv, keras.layers.DepthwiseConv1D):
+    """`keras.layers.DepthwiseConv1D` whose channels grow with those of its producer."""
+
+    stock_class = keras.layers.DepthwiseConv1D
+
+
+@keras.saving.register_keras_serializable(package="tfgrow")
+class DepthwiseConv2D(_DepthwiseConv, keras.layers.DepthwiseConv2D):
+    """`keras.layers.DepthwiseConv2D` whose channels grow with those of its producer."""
+
+    stock_class = keras.layers.DepthwiseConv2D

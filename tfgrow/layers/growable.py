@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import keras
 import numpy as np
+from keras import ops
 
 from tfgrow.types import ChannelMap
 
@@ -51,6 +52,21 @@ class Moments:
     variance: Any
 
 
+@dataclasses.dataclass(frozen=True)
+class Enlargement:
+    """A larger kernel of a convolution.
+
+    Attributes:
+      kernel_size: its size.
+      offset: per spatial axis, where the old kernel begins in it.
+      attributes: config attributes that change.
+    """
+
+    kernel_size: tuple[int, ...]
+    offset: tuple[int, ...]
+    attributes: Mapping[str, Any]
+
+
 class Growable(_Base):
     """Interface of a layer that can grow. Subclass `Mixing` or `Channelwise`, not this.
 
@@ -59,6 +75,7 @@ class Growable(_Base):
         from; None for a user's own layer, which is left as it is.
       variable_axes: channel axes by variable attribute, e.g. `{"kernel": Axes(fan_in=-2,
         fan_out=-1), "bias": Axes(fan_out=-1)}`. Attributes that are None on the layer are ignored.
+      kernel_name: which of them is multiplied with the inputs; the others are biases and the like.
 
     Example, a channelwise layer with a slope per channel:
 
@@ -81,6 +98,7 @@ class Growable(_Base):
 
     stock_class: ClassVar[type | None] = None
     variable_axes: ClassVar[Mapping[str, Axes]] = {}
+    kernel_name: ClassVar[str] = "kernel"
 
     def growth_blocked(self) -> str | None:
         """Why this layer, as it is configured, can't take part; None if it can."""
@@ -105,6 +123,10 @@ class Mixing(Growable):
     def growth_units(self) -> int:
         """Number of output channels now."""
         return int(getattr(self, self.units_attribute))
+
+    def width_attributes(self, units: int) -> dict[str, Any]:
+        """The config attributes of the layer with another number of output channels."""
+        return {self.units_attribute: units}
 
     @property
     def absorbs_constant(self) -> bool:
@@ -139,6 +161,32 @@ class Mixing(Growable):
         """
         raise NotImplementedError
 
+    def enlargement(self, input_shape) -> Enlargement | str:
+        """The next larger kernel that leaves the output's shape alone, or why there is none."""
+        del input_shape
+        return f"layer '{self.name}' ({type(self).__name__}) has no kernel that can become larger"
+
+    def linear_enlarged(self, inputs, kernel):
+        """The response to a kernel of the larger size, without bias."""
+        raise NotImplementedError
+
+    def unfold_enlarged(self, inputs, kernel_size):
+        """`unfold` for a kernel of the larger size."""
+        raise NotImplementedError
+
+    @property
+    def kernel_spatial(self) -> tuple[int, ...]:
+        """The kernel's shape without its channel axes; `T` is its product."""
+        axes, shape = self.variable_axes[self.kernel_name], getattr(self, self.kernel_name).shape
+        channels = {axis % len(shape) for axis in (axes.fan_in, axes.fan_out) if axis is not None}
+        return tuple(size for axis, size in enumerate(shape) if axis not in channels)
+
+    def kernel_from_rows(self, rows):
+        """Weights `[T, c, O]`, in the order of `unfold`, in the layout of the layer's kernel."""
+        axes = self.variable_axes[self.kernel_name]
+        kernel = ops.reshape(rows, (*self.kernel_spatial, *rows.shape[-2:]))
+        return ops.moveaxis(kernel, (-2, -1), (axes.fan_in, axes.fan_out))
+
     def flops_per_weight(self, output_shape) -> int:
         """Multiply-adds count as 2: FLOPs that one entry of the kernel costs per sample."""
         positions = [int(size) for size in output_shape[1:-1] if size is not None]
@@ -160,6 +208,14 @@ class Channelwise:
         """Where the channels lie on the channel axis of a variable, as on the input by default."""
         del name
         return incoming
+
+    def resized_attributes(self, channels: int) -> dict[str, Any]:
+        """The config attributes that follow when `channels` is the inputs' new last size.
+
+        Empty for most layers: what they say of themselves names no number of channels.
+        """
+        del channels
+        return {}
 
     def apply_channels(self, inputs, variables: Mapping[str, Any]):
         """The layer in inference mode on any number of channels, whose variables are given."""

@@ -70,33 +70,38 @@ def in_a_row(parts: Sequence[tuple[int, ChannelMap | None]]) -> ChannelMap | Non
     return ChannelMap(np.concatenate(found, axis=1), start) if found else None
 
 
-def _concatenation(operation) -> Join:
-    rank = len(operation.output.shape)
+def _elementwise(operation, output) -> Join:
+    del output
+    return Elementwise(operation)
+
+
+def _concatenation(operation, output) -> Join:
+    rank = len(output.shape)
     last = operation.axis in (-1, rank - 1)
     return (Concatenation if last else AlongAnotherAxis)(operation)
 
 
-_BY_CLASS: dict[type, Callable[[Any], Join]] = {
-    layers.Add: Elementwise,
-    layers.Subtract: Elementwise,
-    layers.Multiply: Elementwise,
-    layers.Average: Elementwise,
-    layers.Maximum: Elementwise,
-    layers.Minimum: Elementwise,
+_BY_CLASS: dict[type, Callable[[Any, Any], Join]] = {
+    layers.Add: _elementwise,
+    layers.Subtract: _elementwise,
+    layers.Multiply: _elementwise,
+    layers.Average: _elementwise,
+    layers.Maximum: _elementwise,
+    layers.Minimum: _elementwise,
     layers.Concatenate: _concatenation,
 }
 # Keras has no public name for the classes of its operations (`x + y`, `ops.concatenate`).
-_BY_NAME: dict[str, Callable[[Any], Join]] = {
-    "Add": Elementwise,
-    "Subtract": Elementwise,
-    "Multiply": Elementwise,
-    "Divide": Elementwise,
-    "TrueDivide": Elementwise,
-    "Maximum": Elementwise,
-    "Minimum": Elementwise,
+_BY_NAME: dict[str, Callable[[Any, Any], Join]] = {
+    "Add": _elementwise,
+    "Subtract": _elementwise,
+    "Multiply": _elementwise,
+    "Divide": _elementwise,
+    "TrueDivide": _elementwise,
+    "Maximum": _elementwise,
+    "Minimum": _elementwise,
     "Concatenate": _concatenation,
     # of keras.applications' InceptionResNetV2: x + scale * y
-    "CustomScaleLayer": Elementwise,
+    "CustomScaleLayer": _elementwise,
 }
 
 
@@ -115,14 +120,19 @@ def register_join(layer_class: type) -> None:
     ...         return abs(inputs[0] - inputs[1])
     >>> tfgrow.layers.register_join(Difference)
     """
-    _BY_CLASS[layer_class] = Elementwise
+    _BY_CLASS[layer_class] = _elementwise
 
 
-def join_view(operation) -> Join | None:
-    """A layer or operation as a join, or None if it isn't known to be one."""
+def join_view(operation, output=None) -> Join | None:
+    """A layer or operation as a join, or None if it isn't known to be one.
+
+    Args:
+      operation: which.
+      output: the symbolic tensor it makes, where it is called several times; its first by default.
+    """
     kind = type(operation)
     make = _BY_CLASS.get(kind)
     if make is None and kind.__module__.startswith("keras.src."):
         own = isinstance(operation, keras.layers.Layer) and kind.__name__ != "CustomScaleLayer"
         make = None if own else _BY_NAME.get(kind.__name__)
-    return None if make is None else make(operation)
+    return None if make is None else make(operation, operation.output if output is None else output)

@@ -7,13 +7,32 @@ import keras
 from tfgrow.layers.activations import is_elementwise, unknown_activation
 from tfgrow.layers.batch_normalization import BatchNormalization
 from tfgrow.layers.conv import Conv1D, Conv2D, Conv3D
+from tfgrow.layers.conv_transpose import Conv1DTranspose, Conv2DTranspose, Conv3DTranspose
 from tfgrow.layers.dense import Dense
-from tfgrow.layers.depthwise_conv import DepthwiseConv2D
+from tfgrow.layers.depthwise_conv import DepthwiseConv1D, DepthwiseConv2D
+from tfgrow.layers.einsum_dense import EinsumDense
+from tfgrow.layers.embedding import Embedding
+from tfgrow.layers.group_normalization import GroupNormalization
 from tfgrow.layers.growable import Channelwise, Growable, Mixing
 from tfgrow.layers.prelu import PReLU
-from tfgrow.layers.stateless import Stateless, is_registered, stateless_blocked
+from tfgrow.layers.stateless import stateless_blocked, stateless_view
 
-GROWABLE_CLASSES = (BatchNormalization, Conv1D, Conv2D, Conv3D, Dense, DepthwiseConv2D, PReLU)
+GROWABLE_CLASSES = (
+    BatchNormalization,
+    Conv1D,
+    Conv1DTranspose,
+    Conv2D,
+    Conv2DTranspose,
+    Conv3D,
+    Conv3DTranspose,
+    Dense,
+    DepthwiseConv1D,
+    DepthwiseConv2D,
+    EinsumDense,
+    Embedding,
+    GroupNormalization,
+    PReLU,
+)
 
 _BY_STOCK = {growable.stock_class: growable for growable in GROWABLE_CLASSES}
 
@@ -30,9 +49,7 @@ def is_ours(layer: keras.Layer) -> bool:
 
 def channelwise_view(layer) -> Channelwise | None:
     """The layer as a channelwise one, or None if it isn't known to be one."""
-    if isinstance(layer, Channelwise):
-        return layer
-    return Stateless(layer) if is_registered(layer) else None
+    return layer if isinstance(layer, Channelwise) else stateless_view(layer)
 
 
 def blocked_reason(layer) -> str | None:
@@ -40,6 +57,17 @@ def blocked_reason(layer) -> str | None:
     if isinstance(layer, Growable):
         return layer.growth_blocked()
     return stateless_blocked(layer)
+
+
+def consumer_blocked(layer: Mixing) -> str | None:
+    """Why a mixing layer can't be a consumer."""
+    axes = layer.variable_axes.get(layer.kernel_name)
+    if axes is not None and axes.fan_in is None:
+        return (
+            f"layer '{layer.name}' ({type(layer).__name__}) has no axis of input channels: "
+            "it reads whole numbers"
+        )
+    return layer.growth_blocked()
 
 
 def producer_blocked(layer: Mixing) -> str | None:

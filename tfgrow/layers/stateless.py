@@ -1,18 +1,22 @@
-"""Stock layers that treat every channel by itself and have no variables: used as they are.
+"""Stock layers and operations that treat every channel by itself and have no variables.
 
-One line here registers one more such layer.
+They are used as they are. One line here registers one more such layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
 
 import keras
 import numpy as np
 from keras import activations, layers
 
+from tfgrow._keras import takes_training
 from tfgrow.layers.activations import is_elementwise, unknown_activation
 from tfgrow.layers.growable import Channelwise, channels_last_only
+from tfgrow.layers.operations import Elementwise, is_elementwise_operation, operation_blocked
+from tfgrow.layers.reshape import Reshaped, merged_positions, permute_blocked, reshape_blocked
 from tfgrow.types import ChannelMap
 
 
@@ -37,17 +41,42 @@ def _spatial_only(layer) -> str | None:
     return channels_last_only(layer)
 
 
-_REGISTRY: dict[type, Callable] = {}
+class Stateless(Channelwise):
+    """A registered stock layer seen as a channelwise one."""
+
+    def __init__(self, layer: keras.Layer):
+        self._layer = layer
+
+    def apply_channels(self, inputs, variables):
+        del variables
+        inference = {"training": False} if takes_training(self._layer) else {}
+        return self._layer.call(inputs, **inference)
 
 
-def register_channelwise(layer_class: type, blocked: Callable = _always) -> None:
+class _Flattened(Stateless):
+    """Flatten: the channels of all positions behind one another."""
+
+    def channel_map(self, incoming: ChannelMap, input_shape) -> ChannelMap:
+        return merged_positions(incoming, int(np.prod(input_shape[1:-1], dtype=np.int64)))
+
+
+_REGISTRY: dict[type, tuple[Callable, Callable]] = {}
+
+
+def register_channelwise(
+    layer_class: type,
+    blocked: Callable = _always,
+    view: Callable[[keras.Layer], Channelwise] | None = None,
+) -> None:
     """Declares a variable-free layer to be channelwise in inference mode.
 
     Args:
       layer_class: the exact class (not its subclasses).
       blocked: function of the layer, giving the reason it isn't, or None.
+      view: function of the layer, giving it as a `Channelwise`; by default channels are on the
+        same places of the last axis before and after it, and it is called in inference mode.
     """
-    _REGISTRY[layer_class] = blocked
+    _REGISTRY[layer_class] = (blocked, view or Stateless)
 
 
 _IDENTITIES = (
@@ -61,6 +90,18 @@ _IDENTITIES = (
     layers.ActivityRegularization,
     layers.Identity,
 )
+# Those that draw the same for all channels. In inference mode, in which growth is decided, they
+# only hand on what they read. (RandomCrop doesn't crop then, and so makes other shapes.)
+_RANDOM = ("Brightness Contrast ElasticTransform Erasing Flip GaussianBlur Perspective "
+           "Rotation Shear Translation Zoom").split()  # fmt: skip
+
+
+def _known(pattern: str, *choices: Iterable) -> list[type]:
+    """The layer classes of such names that this version of Keras has."""
+    names = [pattern.format(*choice) for choice in itertools.product(*choices)]
+    return [getattr(layers, name) for name in names if hasattr(layers, name)]
+
+
 for _class in (layers.ReLU, layers.LeakyReLU, layers.ELU, *_IDENTITIES):
     register_channelwise(_class)
 for _class in (
@@ -76,7 +117,10 @@ for _class in (
     layers.GlobalMaxPooling1D,
     layers.GlobalMaxPooling2D,
     layers.GlobalMaxPooling3D,
-    layers.Flatten,
+    *_known("Adaptive{}Pooling{}D", ("Average", "Max"), (1, 2, 3)),
+    *_known("Random{}", _RANDOM),
+    layers.CenterCrop,
+    layers.Resizing,
 ):
     register_channelwise(_class, channels_last_only)
 for _class in (
@@ -93,6 +137,7 @@ for _class in (
     register_channelwise(_class, _spatial_only)
 register_channelwise(layers.Activation, _elementwise)
 register_channelwise(layers.Rescaling, _one_scale)
+register_channelwise(layers.RepeatVector)
 
 
 def changes_nothing(operation) -> bool:
@@ -104,30 +149,20 @@ def changes_nothing(operation) -> bool:
     return type(operation) in _IDENTITIES
 
 
-class Stateless(Channelwise):
-    """A registered stock layer seen as a channelwise one."""
-
-    def __init__(self, layer: keras.Layer):
-        self._layer = layer
-
-    def channel_map(self, incoming: ChannelMap, input_shape) -> ChannelMap:
-        if not isinstance(self._layer, layers.Flatten):
-            return incoming
-        positions = int(np.prod(input_shape[1:-1], dtype=np.int64))
-        offsets = np.arange(positions)[None, :, None] * incoming.size
-        index = (incoming.index[:, None, :] + offsets).reshape(incoming.units, -1)
-        return ChannelMap(index, incoming.size * positions)
-
-    def apply_channels(self, inputs, variables):
-        del variables
-        return self._layer.call(inputs)  # `training` defaults to False in all registered layers
+register_channelwise(layers.Flatten, channels_last_only, _Flattened)
+register_channelwise(layers.Reshape, reshape_blocked, Reshaped)
+register_channelwise(layers.Permute, permute_blocked)
 
 
-def stateless_blocked(layer) -> str | None:
-    """Why a stock layer isn't channelwise here; None if it is. KeyError if it is unknown."""
-    return _REGISTRY[type(layer)](layer)
+def stateless_view(operation) -> Channelwise | None:
+    """A stock layer or an operation as a channelwise one, or None if it isn't known to be one."""
+    if type(operation) in _REGISTRY:
+        return _REGISTRY[type(operation)][1](operation)
+    return Elementwise(operation) if is_elementwise_operation(operation) else None
 
 
-def is_registered(layer) -> bool:
-    """Whether `register_channelwise` knows the layer's exact class."""
-    return type(layer) in _REGISTRY
+def stateless_blocked(operation) -> str | None:
+    """Why what has a `stateless_view` isn't channelwise here; None if it is."""
+    if type(operation) in _REGISTRY:
+        return _REGISTRY[type(operation)][0](operation)
+    return operation_blocked(operation)

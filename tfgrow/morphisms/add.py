@@ -35,7 +35,7 @@ from tfgrow.morphisms.path_state import (
     stacked_path_variables,
     state_moments,
 )
-from tfgrow.morphisms.weights import consumer_kernel, fan_in_weights, site_fan_in, typical_scale
+from tfgrow.morphisms.weights import site_fan_in, typical_scale
 from tfgrow.types import NEWBORN, Cost, NewUnit, WidthEdit
 
 DENSE_LIMIT = 600
@@ -46,7 +46,6 @@ class Add(Morphism):
     """Adds one unit. See the module's docstring."""
 
     name = "add"
-    learned = ("kernel", "bias")
     solved = ("phi",)
     edits_unit = False
 
@@ -54,14 +53,13 @@ class Add(Morphism):
         rng = np.random.default_rng([seed, 1, *site.name.encode()])
         found = []
         for number in range(new_units):
-            theta = {}
+            theta = {
+                name: np.zeros(value.shape[1:]) for name, value in site_fan_in(site, [0]).items()
+            }
             for producer, node in enumerate(site.producers):
-                weights = fan_in_weights(node.operation)
-                direction = rng.standard_normal(weights["kernel"].shape[1:])
-                size = typical_scale(node.operation)
-                theta[parameter_name("kernel", producer)] = size * direction
-                if "bias" in weights:
-                    theta[parameter_name("bias", producer)] = np.zeros(())
+                kernel = parameter_name(node.operation.kernel_name, producer)
+                direction = rng.standard_normal(theta[kernel].shape)
+                theta[kernel] = typical_scale(node.operation) * direction
             for index, shape in enumerate(_phi_shapes(site)):
                 theta[f"phi/{index}"] = np.zeros(shape)
             theta = {name: value.astype("float32") for name, value in theta.items()}
@@ -78,7 +76,7 @@ class Add(Morphism):
                 len(units), typical_scale(node.operation), dtype="float32"
             )
             for number, node in enumerate(site.producers)
-            for name in self.learned
+            for name in node.operation.growable_variables()
         }
 
     def perturb(self, capture, group, theta, responses, fresh):
@@ -183,8 +181,7 @@ def _phi_shapes(site) -> list[tuple[int, int, int]]:
     """`(T, B, O)` per consumer."""
     shapes = []
     for leaf, node in _reads(site):
-        kernel = node.operation.growable_variables()["kernel"]
-        taps = int(np.prod(kernel.shape[:-2], dtype=np.int64))
+        taps = int(np.prod(node.operation.kernel_spatial, dtype=np.int64))
         shapes.append((taps, leaf.channels.blocks, node.operation.growth_units))
     return shapes
 
@@ -211,7 +208,7 @@ def _group_kernel(group, leaf, node, phi):
     rows = tf.transpose(phi, (1, 0, 2, 3))
     taps, outputs = phi.shape[1], phi.shape[3]
     rows = take(tf.reshape(rows, (taps, -1, outputs)), order, axis=1)
-    return consumer_kernel(node.operation, rows)
+    return node.operation.kernel_from_rows(rows)
 
 
 def _pull_back(layer, value, kernel, cotangents):

@@ -10,7 +10,7 @@ The estimate of a candidate with perturbation D is, per sample, `g.D + 1/2 sum_k
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -21,7 +21,7 @@ from tfgrow.capture.execute import Tap
 from tfgrow.capture.path import Path, take
 from tfgrow.graph.sites import Leaf, Site, parameter_name
 from tfgrow.morphisms.weights import as_layer_weights
-from tfgrow.types import Cost, WidthEdit
+from tfgrow.types import Cost, Demand, KernelEdit, WidthEdit
 
 Theta = Mapping[str, Any]
 
@@ -82,6 +82,11 @@ class Group:
         self.static = {k: v for k, v in stacked.items() if v.dtype.kind == "i"}
         self.theta = {k: v for k, v in stacked.items() if v.dtype.kind == "f"}
 
+    @property
+    def learned(self) -> tuple[str, ...]:
+        """The names of theta that are improved by gradient."""
+        return tuple(self.scales)
+
 
 def perturb_all(
     capture: Capture, groups: Sequence[Group], thetas: Sequence[Theta], fresh: bool
@@ -140,16 +145,6 @@ def _stack(dicts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return {name: np.stack([np.asarray(d[name]) for d in dicts]) for name in sorted(common)}
 
 
-def scalars_of(group: Group, covectors: Mapping[int, Any], perturbed: Perturbed) -> Any:
-    """Each candidate's perturbation against gradient and columns, `[1 + K, N, n]`."""
-    return tf.add_n(
-        [
-            group.path.per_unit(leaf, covectors[leaf] * value)
-            for leaf, value in perturbed.values.items()
-        ]
-    )
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Perturbed:
     """What a group of candidates does on one batch.
@@ -168,22 +163,35 @@ class Morphism:
 
     Attributes:
       name: by which users and journals know it.
-      learned: the names of theta that are improved by gradient (`name/1` is `name` of a second
-        producer).
-      solved: the names of theta that have a closed form, given the learned ones.
+      solved: the names of theta that have a closed form, given those improved by gradient.
+      perturbs_by_solved: whether `perturb` needs the solved parameters too.
       reads_producer: whether theta holds incoming weights, under the names of the producers' own
-        variables, to which `perturb` is given the responses.
+        variables (`name/1` for a second producer), to which `perturb` is given the responses.
       edits_unit: whether a candidate edits the old unit it names, so that two such candidates
         exclude each other; else it brings something new.
       units: by how many units a candidate changes the width of its site.
     """
 
     name: ClassVar[str]
-    learned: ClassVar[tuple[str, ...]]
     solved: ClassVar[tuple[str, ...]] = ()
+    perturbs_by_solved: ClassVar[bool] = False
     reads_producer: ClassVar[bool] = True
     edits_unit: ClassVar[bool] = True
     units: ClassVar[int] = 1
+
+    def reason(self, site: Site) -> str | None:
+        """Why this kind of edit is not possible at a site; None if it is."""
+        return site.blocked
+
+    def demand(self, candidate: Candidate) -> Demand:
+        """What a candidate brings that costs something."""
+        del candidate
+        return Demand(units=self.units)
+
+    def group_key(self, candidate: Candidate) -> Hashable:
+        """Candidates of a site are stacked with those of an equal key: their shapes are equal."""
+        del candidate
+        return None
 
     def candidates(self, site: Site, *, new_units: int, seed: int) -> list[Candidate]:
         """The site's candidates with theta initialised; `cost` is filled in by the caller."""
@@ -194,12 +202,11 @@ class Morphism:
         raise NotImplementedError
 
     def scale(self, site: Site, units: np.ndarray) -> dict[str, np.ndarray]:
-        """Natural size of the entries of each learned parameter, `[n]`: the unit of a step."""
-        raise NotImplementedError
+        """Natural size of the entries of each learned parameter, `[n]`: the unit of a step.
 
-    def is_learned(self, name: str) -> bool:
-        """Whether a parameter of theta is improved by gradient."""
-        return name.split("/")[0] in self.learned
+        Its names are those of theta that are improved by gradient.
+        """
+        raise NotImplementedError
 
     def perturb(
         self, capture: Capture, group: Group, theta: Theta, responses: Sequence, fresh: bool
@@ -224,6 +231,28 @@ class Morphism:
         They must not depend on the values in `perturbed`, only on their shapes.
         """
         raise NotImplementedError
+
+    def scalars(self, group: Group, covectors: Mapping[int, Any], perturbed: Perturbed) -> Any:
+        """Each candidate's perturbation against gradient and columns, `[1 + K, N, n]`."""
+        return tf.add_n(
+            [
+                group.path.per_unit(leaf, covectors[leaf] * value)
+                for leaf, value in perturbed.values.items()
+            ]
+        )
+
+    def slopes(self, group: Group, weights: Any, covectors: Mapping[int, Any]) -> dict[int, Any]:
+        """The transpose of `scalars`: the gradient of their weighted sum at `perturbed.values`.
+
+        Args:
+          group: the candidates.
+          weights: `[1 + K, N, n]`.
+          covectors: as for `scalars`.
+        """
+        return {
+            leaf: tf.reduce_sum(group.path.spread(leaf, weights, len(c.shape)) * c, axis=0)
+            for leaf, c in covectors.items()
+        }
 
     def tangents(self, group: Group, theta: Theta, perturbed: Perturbed) -> dict[Tap, Any]:
         """The sum of all the group's perturbations, by tap: the forward-mode view."""
@@ -250,7 +279,7 @@ class Morphism:
         """The damping `[n]` for `solve`, from the summed equations of two halves of the data."""
         raise NotImplementedError
 
-    def edit(self, candidate: Candidate) -> WidthEdit:
+    def edit(self, candidate: Candidate) -> WidthEdit | KernelEdit:
         """The change to the model that the candidate stands for."""
         raise NotImplementedError
 

@@ -23,12 +23,18 @@ from tfgrow.morphisms.base import AtInputs, Candidate, Perturbed
 from tfgrow.morphisms.weights import site_fan_in
 from tfgrow.types import Cost, RemovedUnit, WidthEdit
 
+AT_ONCE = 0.25
+"""Share of a site's units that may go at once, and are therefore not to stand in for each other.
+
+Mean real change of a VGG's loss by a removal in its first four layers (CIFAR-10): 0.165, 0.171,
+0.044, 0.030 at a half, 0.133, 0.143, 0.027, 0.019 at a quarter.
+"""
+
 
 class Prune(AtInputs):
     """Takes one unit away. See the module's docstring."""
 
     name = "prune"
-    learned = ()
     solved = ("share", "offset")
     reads_producer = False
     units = -1
@@ -81,9 +87,8 @@ class Prune(AtInputs):
         return zero_sums(len(group.units), group.site.units)
 
     def solve(self, group, sums, damping):
-        # Up to half of the units can go at once: they are not to stand in for each other.
-        half = group.site.units // 2
-        free = spread_out(sums, _free(group), group.units, damping, half)
+        most = int(AT_ONCE * group.site.units)
+        free = spread_out(sums, _free(group), group.units, damping, most)
         v = tf.cast(solve(sums, free, group.units, damping), tf.float32)
         share, offset = v[:, :-1], v[:, -1]
         return {"share": share * (1.0 - _itself(group)), "offset": offset}
@@ -116,10 +121,9 @@ def _itself(group) -> np.ndarray:
 
 
 def _free(group) -> np.ndarray:
-    """Which entries of v may be used, `[n, units + 1]`: all others, and the constant if it can."""
-    constant = all(layer.absorbs_constant for layer in group.site.consumers)
-    free = np.ones((len(group.units), group.site.units + 1), dtype=bool)
-    free[:, -1] = constant
+    """Which entries of v may be used, `[units + 1]`: every unit's, and the constant if it can."""
+    free = np.ones(group.site.units + 1, dtype=bool)
+    free[-1] = all(layer.absorbs_constant for layer in group.site.consumers)
     return free
 
 

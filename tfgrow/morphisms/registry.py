@@ -5,18 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import keras
+import numpy as np
 
 from tfgrow._checks import require_whole
+from tfgrow.graph.channels import Flow
 from tfgrow.graph.cost import CostModel
 from tfgrow.graph.nodes import trace
 from tfgrow.graph.sites import Site, sites_of
 from tfgrow.graph.versions import version_of
 from tfgrow.morphisms.add import Add
 from tfgrow.morphisms.base import Candidate, Group, Morphism
+from tfgrow.morphisms.deepen import Deepen
+from tfgrow.morphisms.enlarge_kernel import EnlargeKernel
 from tfgrow.morphisms.prune import Prune
+from tfgrow.morphisms.skip import Skip
 from tfgrow.morphisms.split import Split
+from tfgrow.types import Cost
 
-MORPHISMS: dict[str, Morphism] = {morphism.name: morphism for morphism in (Split(), Add(), Prune())}
+MORPHISMS: dict[str, Morphism] = {
+    morphism.name: morphism
+    for morphism in (Split(), Add(), Prune(), EnlargeKernel(), Deepen(), Skip())
+}
 
 
 def get(identifier: str | Morphism) -> Morphism:
@@ -64,7 +73,8 @@ def candidates(
       seed: of the random initial directions.
 
     Returns:
-      One candidate per unit of a site for `"split"`, `new_units` per site for `"add"`.
+      One candidate per unit of a site for `"split"` and `"prune"`, `new_units` per site for
+      `"add"`, one per convolution for `"enlarge_kernel"`.
 
     Raises:
       ValueError: for an unknown morphism or site, one that is blocked, or one of another model.
@@ -83,19 +93,59 @@ def candidates(
     every = sites_of(model, graph)
     costs = CostModel(graph, every)
     found = []
-    for site in _chosen(model, every, sites):
+    for site in _chosen(model, every, kinds, sites):
         for kind in kinds:
-            alone = costs.extra({site.name: kind.units})
-            for candidate in kind.candidates(site, new_units=new_units, seed=seed):
-                found.append(candidate.replace(cost=alone))
+            if kind.reason(site) is None:
+                for candidate in kind.candidates(site, new_units=new_units, seed=seed):
+                    found.append(candidate.replace(cost=joint_cost(costs, [candidate])))
     return found
 
 
-def _chosen(model, every: Sequence[Site], wanted) -> list[Site]:
+def joint_cost(costs: CostModel, chosen: Iterable[Candidate]) -> Cost:
+    """What a set of candidates costs together: edits of neighbouring layers multiply."""
+    units: dict[str, int] = {}
+    kernels: dict[str, tuple[int, ...]] = {}
+    params = flops = 0
+    for candidate in chosen:
+        demand = get(candidate.morphism).demand(candidate)
+        units[candidate.site.name] = units.get(candidate.site.name, 0) + demand.units
+        kernels.update(demand.kernels)
+        params, flops = params + demand.more.params, flops + demand.more.flops
+    wider = costs.extra(units, kernels)
+    return Cost(wider.params + params, wider.flops + flops)
+
+
+def apart(chosen: Sequence[Candidate]) -> np.ndarray:
+    """Which candidates can't be applied at once: one needs the channels that another changes.
+
+    Returns:
+      Bool `[n, n]`, symmetric.
+    """
+    demands = [get(candidate.morphism).demand(candidate) for candidate in chosen]
+    clashes = np.zeros((len(chosen), len(chosen)), dtype=bool)
+    if not any(demand.fixed for demand in demands):
+        return clashes
+    flow = Flow(chosen[0].site.graph)
+    for row, demand in enumerate(demands):
+        held = {owner for tensor in demand.fixed for owner in flow.at(tensor)}
+        for column, (other, theirs) in enumerate(zip(chosen, demands, strict=True)):
+            changes = theirs.units and flow.root(other.site.producers[0].index) in held
+            ends = row != column and set(demand.fixed[-1:]) & set(theirs.fixed[-1:])
+            if changes or ends:
+                clashes[row, column] = clashes[column, row] = True
+    return clashes
+
+
+def open_sites(every: Iterable[Site], kinds: Sequence[Morphism]) -> list[Site]:
+    """The sites at which one of some kinds of edits is possible."""
+    return [site for site in every if any(kind.reason(site) is None for kind in kinds)]
+
+
+def _chosen(model, every: Sequence[Site], kinds: Sequence[Morphism], wanted) -> list[Site]:
     if wanted is None:
-        chosen = [site for site in every if site.blocked is None]
+        chosen = open_sites(every, kinds)
         if not chosen:
-            reasons = "; ".join(f"{site.name}: {site.blocked}" for site in every)
+            reasons = "; ".join(f"{site.name}: {kinds[0].reason(site)}" for site in every)
             raise ValueError(f"Nothing in model '{model.name}' can grow. {reasons}")
         return chosen
     by_name = {name: site for site in every for name in site.names}
@@ -108,8 +158,8 @@ def _chosen(model, every: Sequence[Site], wanted) -> list[Site]:
             )
         if isinstance(item, Site):
             check_current(model, item)
-        if by_name[name].blocked:
-            raise ValueError(f"Site '{name}' can't grow: {by_name[name].blocked}.")
+        if not open_sites([by_name[name]], kinds):
+            raise ValueError(f"Site '{name}' can't grow: {kinds[0].reason(by_name[name])}.")
         if by_name[name] not in chosen:
             chosen.append(by_name[name])
     return chosen
@@ -144,7 +194,9 @@ def group_candidates(model: keras.Model, chosen: Sequence[Candidate]) -> tuple[l
             raise TypeError(f"Expected a Candidate, found {type(candidate).__name__}.")
         check_current(model, candidate.site)
         # Statistics that only some candidates have measured can't be stacked with the others'.
-        key = (candidate.morphism, candidate.site.name, tuple(sorted(candidate.state)))
+        measured = tuple(sorted(candidate.state))
+        like = get(candidate.morphism).group_key(candidate)
+        key = (candidate.morphism, candidate.site.name, measured, like)
         members.setdefault(key, []).append(position)
     groups = [
         Group(get(morphism), [chosen[position] for position in positions])

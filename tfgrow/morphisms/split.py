@@ -20,7 +20,7 @@ from tfgrow.capture.path import needs_moments, sizes_of, take
 from tfgrow.graph.sites import parameter_name
 from tfgrow.morphisms.base import AtInputs, Candidate, Perturbed
 from tfgrow.morphisms.path_state import Observer, child_path
-from tfgrow.morphisms.weights import fan_in_weights, site_fan_in, unit_scale
+from tfgrow.morphisms.weights import site_fan_in, unit_scale
 from tfgrow.types import ChannelMap, Cost, NewUnit, WidthEdit
 
 START = 0.5
@@ -35,21 +35,17 @@ class Split(AtInputs):
     """Splits one unit into two. See the module's docstring."""
 
     name = "split"
-    learned = ("kernel", "bias")
 
     def candidates(self, site, *, new_units, seed):
         del new_units
         rng = np.random.default_rng([seed, *site.name.encode()])
-        theta = {}
+        theta = site_fan_in(site)
+        theta = {name: np.zeros_like(value) for name, value in theta.items()}
         for number, node in enumerate(site.producers):
-            weights = fan_in_weights(node.operation)
-            start = rng.standard_normal(weights["kernel"].shape).astype("float32")
+            kernel = parameter_name(node.operation.kernel_name, number)
+            start = rng.standard_normal(theta[kernel].shape).astype("float32")
             scale = START * unit_scale(node.operation)
-            theta[parameter_name("kernel", number)] = (
-                scale.reshape(-1, *[1] * (start.ndim - 1)) * start
-            )
-            if "bias" in weights:
-                theta[parameter_name("bias", number)] = np.zeros_like(weights["bias"])
+            theta[kernel] = start * scale.reshape(-1, *[1] * (start.ndim - 1))
         return [
             Candidate(site, self.name, unit, {k: v[unit] for k, v in theta.items()}, {}, Cost())
             for unit in range(site.units)
@@ -59,7 +55,7 @@ class Split(AtInputs):
         return {
             parameter_name(name, number): unit_scale(node.operation)[units]
             for number, node in enumerate(site.producers)
-            for name in self.learned
+            for name in node.operation.growable_variables()
         }
 
     def perturb(self, capture, group, theta, responses, fresh):

@@ -61,7 +61,7 @@ def out_axis(layer: Mixing, name: str) -> int:
 
 def unit_scale(layer: Mixing) -> np.ndarray:
     """Root mean square `[units]` of each unit's kernel; the layer's own where a unit's is zero."""
-    kernel = fan_in_weights(layer)["kernel"]
+    kernel = fan_in_weights(layer)[layer.kernel_name]
     rms = np.sqrt(np.mean(kernel.reshape(len(kernel), -1) ** 2, axis=1))
     typical = rms[rms > 0].mean() if (rms > 0).any() else 1.0 / np.sqrt(kernel[0].size)
     return np.where(rms > 0, rms, typical).astype("float32")
@@ -70,10 +70,3 @@ def unit_scale(layer: Mixing) -> np.ndarray:
 def typical_scale(layer: Mixing) -> float:
     """Root mean square of all units' kernels, those that are zero left out."""
     return float(np.sqrt(np.mean(unit_scale(layer) ** 2)))
-
-
-def consumer_kernel(layer: Mixing, rows):
-    """Rows `[T, c, O]` of a consumer's kernel in the layer's layout `[..., c, O]`."""
-    kernel = layer.growable_variables()["kernel"]
-    spatial = kernel.shape[:-2]
-    return tf.reshape(rows, (*spatial, rows.shape[-2], kernel.shape[-1]))

@@ -31,7 +31,7 @@ from tfgrow._checks import require_whole
 from tfgrow._files import write_json
 from tfgrow.graph.cost import model_flops
 from tfgrow.graph.nodes import trace
-from tfgrow.graph.sites import find_sites
+from tfgrow.graph.sites import Site, find_sites
 from tfgrow.oracle.data import GrowthData, split_data
 from tfgrow.oracle.selection import Limits, matching_names
 from tfgrow.oracle.undo import restored_on_error
@@ -165,12 +165,16 @@ class GrowthOracle(keras_tuner.Oracle, abc.ABC):
         """
         del data
         self.check_budget(model)
-        open_sites = [site.names for site in find_sites(model) if site.blocked is None]
-        if not self.site_names(open_sites):
+        names = [site.names for site in self.open_sites(find_sites(model))]
+        if not self.site_names(names):
             raise ValueError(
                 f"include={self.include} and exclude={self.exclude} leave no site of model "
-                f"'{model.name}' to grow. Found: {open_sites}."
+                f"'{model.name}' to grow. Found: {[name for name, *_ in names]}."
             )
+
+    def open_sites(self, sites: Sequence[Site]) -> list[Site]:
+        """The sites at which the strategy could do something; by default those that can widen."""
+        return [site for site in sites if site.blocked is None]
 
     def split(self, dataset: Any) -> GrowthData:
         """Disjoint batches of a dataset for one step: to learn on, to score with, to judge by."""

@@ -12,7 +12,7 @@ from itertools import islice
 
 import tensorflow as tf
 
-from tfgrow.capture.batches import BATCH_SIZE, Batch, batches_of
+from tfgrow.capture.batches import BATCH_SIZE, Batch, batches_of, map_arrays, size_of_batch
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -57,10 +57,10 @@ def check_size(samples: int) -> None:
 
 def _finer(batches: list[Batch], pieces: int) -> list[Batch]:
     """The same samples in about `pieces` batches of equal size."""
-    whole = tf.nest.map_structure(lambda *parts: tf.concat(parts, axis=0), *batches)
-    samples = int(whole[2].shape[0])
+    whole = map_arrays(lambda *parts: tf.concat(parts, axis=0), *batches)
+    samples = size_of_batch(whole)
     size = max(1, samples // pieces)
     return [
-        tf.nest.map_structure(lambda part: part[start : start + size], whole)  # noqa: B023
+        map_arrays(lambda part: part[start : start + size], whole)  # noqa: B023
         for start in range(0, samples - size + 1, size)
     ]

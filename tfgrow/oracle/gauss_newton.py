@@ -12,15 +12,15 @@ import keras
 import numpy as np
 
 from tfgrow._checks import require_whole
-from tfgrow.capture.batches import batches_of
+from tfgrow.capture.batches import batches_of, size_of_batch
 from tfgrow.curvature.stand_in import STANDS_IN
 from tfgrow.estimator import SETTLE, GaussNewtonEstimator
 from tfgrow.graph.cost import CostModel
 from tfgrow.graph.nodes import trace
 from tfgrow.graph.sites import Site, sites_of
 from tfgrow.morphisms.base import Candidate
+from tfgrow.morphisms.registry import apart, get, joint_cost, open_sites, several
 from tfgrow.morphisms.registry import candidates as make_candidates
-from tfgrow.morphisms.registry import get, several
 from tfgrow.oracle.base import GrowthOracle
 from tfgrow.oracle.data import GrowthData, check_size, split_data
 from tfgrow.oracle.selection import Group, Limits, select
@@ -78,10 +78,11 @@ class GaussNewtonOracle(GrowthOracle):
         super().__init__(objective=objective, growth_per_step=growth_per_step, **kwargs)
         self.morphisms = tuple(several(morphisms))
         self._removes = any(kind.units < 0 for kind in self.morphisms)
-        if self._removes and (self._limits.round_to or 1) > 1:
+        others = [kind.name for kind in self.morphisms if kind.units < 1]
+        if others and (self._limits.round_to or 1) > 1:
             raise ValueError(
                 f"round_to={self._limits.round_to} works with morphisms that add units; found "
-                f"{[kind.name for kind in self.morphisms]}. Leave out round_to, or 'prune'."
+                f"{[kind.name for kind in self.morphisms]}. Leave out round_to, or {others}."
             )
         if not (isinstance(learning_rate, (int, float)) and 0 < learning_rate < math.inf):
             raise ValueError(f"learning_rate must be a finite number > 0. Found: {learning_rate!r}")
@@ -107,7 +108,7 @@ class GaussNewtonOracle(GrowthOracle):
         some = data.learn[:1] if isinstance(data, GrowthData) else list(islice(batches_of(data), 3))
         GaussNewtonEstimator(model, curvature=self.curvature).loss(some[:1])
         if not isinstance(data, GrowthData):
-            check_size(sum(int(weight.shape[0]) for *_, weight in some))
+            check_size(sum(size_of_batch(batch) for batch in some))
 
     def split(self, dataset) -> GrowthData:
         """Disjoint batches of a dataset for one growth step."""
@@ -131,7 +132,7 @@ class GaussNewtonOracle(GrowthOracle):
         clock = _Clock()
         parts = self.split(data)
         graph = trace(model)
-        sites = [site for site in sites_of(model, graph) if site.blocked is None]
+        sites = self.open_sites(sites_of(model, graph))
         costs = CostModel(graph, sites)
         wanted = self.site_names([site.names for site in sites])
         smallest = min((cost.params for cost in self._smallest(sites, costs)), default=0)
@@ -155,10 +156,10 @@ class GaussNewtonOracle(GrowthOracle):
             interaction,
             groups=[_group(candidate) for candidate in learned],
             widths=_units(sites),
-            cost_of=lambda chosen: _joint_cost(costs, [learned[i] for i in chosen]),
+            cost_of=lambda chosen: joint_cost(costs, [learned[i] for i in chosen]),
             limits=limits,
             tie_break_seed=seed,
-            conflicts=_conflicts(learned) if self._removes else None,
+            conflicts=_conflicts(learned),
         )
         clock.lap("select")
         chosen = tuple(learned[i] for i in selection.indices)
@@ -189,7 +190,7 @@ class GaussNewtonOracle(GrowthOracle):
         if reason or (self.max_params is None and self.max_flops is None):
             return reason
         graph = trace(model)
-        sites = [site for site in sites_of(model, graph) if site.blocked is None]
+        sites = self.open_sites(sites_of(model, graph))
         costs = CostModel(graph, sites)
         left = Limits(
             params=_left(self.max_params, model.count_params()),
@@ -200,15 +201,23 @@ class GaussNewtonOracle(GrowthOracle):
             return None
         return f"budget reached: {_why_none(smallest, left)}"
 
+    def open_sites(self, sites: Sequence[Site]) -> list[Site]:
+        """The sites at which one of the oracle's kinds of edits is possible."""
+        return open_sites(sites, self.morphisms)
+
     def _smallest(self, sites: Sequence[Site], costs: CostModel) -> list[Cost]:
-        """Per site that may grow, what bringing it to its next allowed width costs."""
+        """What the smallest edits cost: to bring a site to its next allowed width, and others."""
         multiple = self._limits.round_to or 1
         names = set(self.site_names([site.names for site in sites]))
-        return [
-            costs.extra({site.name: -site.units % multiple or multiple})
-            for site in sites
-            if site.name in names
-        ]
+        smallest = []
+        for site in (site for site in sites if site.name in names):
+            for kind in (kind for kind in self.morphisms if kind.reason(site) is None):
+                if kind.units > 0:
+                    smallest.append(costs.extra({site.name: -site.units % multiple or multiple}))
+                elif kind.units == 0:
+                    every = kind.candidates(site, new_units=1, seed=0)
+                    smallest += [joint_cost(costs, [candidate]) for candidate in every]
+        return smallest
 
 
 class _Clock:
@@ -231,13 +240,16 @@ def _group(candidate: Candidate) -> Group:
         site=candidate.site.name,
         excludes=candidate.unit if kind.edits_unit else None,
         units=kind.units,
-        cost_class=candidate.morphism,
+        cost_class=(candidate.morphism, kind.group_key(candidate)),
     )
 
 
-def _conflicts(candidates: Sequence[Candidate]) -> np.ndarray:
-    """Removals of one site, one of which would stand in for the other: bool `[n, n]`."""
-    conflicts = np.zeros((len(candidates), len(candidates)), dtype=bool)
+def _conflicts(candidates: Sequence[Candidate]) -> np.ndarray | None:
+    """Candidates that can't be applied at once, bool `[n, n]`; None if there are none.
+
+    Removals of one site, one of which would stand in for the other, are among them.
+    """
+    conflicts = apart(candidates)
     by_site: dict[str, list[int]] = {}
     for row, candidate in enumerate(candidates):
         if get(candidate.morphism).units < 0:
@@ -246,7 +258,7 @@ def _conflicts(candidates: Sequence[Candidate]) -> np.ndarray:
         units = [candidates[row].unit for row in rows]
         shares = np.abs([candidates[row].theta["share"][units] for row in rows])
         conflicts[np.ix_(rows, rows)] = (shares > STANDS_IN) | (shares.T > STANDS_IN)
-    return conflicts
+    return conflicts if conflicts.any() else None
 
 
 def _fits(cost: Cost, limits: Limits) -> bool:
@@ -276,14 +288,10 @@ def _why_none(every: Sequence[Cost], limits: Limits) -> str:
     )
 
 
-def _joint_cost(costs: CostModel, chosen: Sequence[Candidate]) -> Cost:
-    return costs.extra(_extra_units(chosen))
-
-
 def _extra_units(chosen: Sequence[Candidate]) -> dict[str, int]:
     extra: dict[str, int] = {}
     for candidate in chosen:
-        more = get(candidate.morphism).units
+        more = get(candidate.morphism).demand(candidate).units
         extra[candidate.site.name] = extra.get(candidate.site.name, 0) + more
     return extra
 
@@ -294,4 +302,4 @@ def _units(sites) -> dict[str, int]:
 
 def _widths(sites, chosen) -> dict[str, tuple[int, int]]:
     units = _units(sites)
-    return {name: (units[name], units[name] + n) for name, n in _extra_units(chosen).items()}
+    return {name: (units[name], units[name] + n) for name, n in _extra_units(chosen).items() if n}

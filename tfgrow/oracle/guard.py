@@ -11,7 +11,8 @@ import keras
 from tfgrow.growth import edits_of
 from tfgrow.morphisms.base import Candidate
 from tfgrow.morphisms.registry import get
-from tfgrow.surgery.apply import apply_edits, growth_transaction
+from tfgrow.surgery.apply import apply_edits
+from tfgrow.surgery.transaction import growth_transaction
 from tfgrow.types import LayerChange
 
 ALPHAS = (1.0, 0.5, 0.25, 0.125)

@@ -1,59 +1,56 @@
-"""Width edits, applied to a live model: all of them or none."""
+"""Edits, applied to a live model: all of them or none."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import keras
 
 from tfgrow.graph import versions
 from tfgrow.surgery import transaction
+from tfgrow.surgery.insert import add_branch, free_name
+from tfgrow.surgery.transaction import growth_transaction
 from tfgrow.surgery.weights import layer_changes
-from tfgrow.types import LayerChange, WidthEdit
+from tfgrow.types import BranchEdit, KernelEdit, LayerChange, WidthEdit
+
+Edit = WidthEdit | KernelEdit | BranchEdit
 
 
-def apply_edits(model: keras.Model, edits: Sequence[WidthEdit]) -> list[LayerChange]:
+def apply_edits(model: keras.Model, edits: Sequence[Edit]) -> list[LayerChange]:
     """Edits the model object in place; optimizer slots follow channel by channel.
 
     Args:
       model: a built growable model, compiled or not, inside or outside `fit`.
-      edits: width edits of its sites.
+      edits: of its sites.
 
     Returns:
-      What was changed, by layer.
+      What was changed, by layer; the layers that are new among them.
 
     Raises:
       ValueError: if an edit doesn't fit; the model and its optimizer are then as before.
     """
-    changes = layer_changes(edits)
+    changes = layer_changes([edit for edit in edits if not isinstance(edit, BranchEdit)])
+    branches = [edit for edit in edits if isinstance(edit, BranchEdit)]
     with growth_transaction(model):
-        transaction.edit(model, changes)
+        if changes:
+            transaction.edit(model, changes)
+        for branch in branches:
+            changes += _insert(model, branch)
         versions.advance(model)
     return changes
 
 
-class GrowthTransaction:
-    """A transaction that also puts the model's version back."""
+def _insert(model: keras.Model, branch: BranchEdit) -> list[LayerChange]:
+    made = []
 
-    def __init__(self, model: keras.Model, inner: transaction.Transaction):
-        self._model = model
-        self._inner = inner
-        self._version = versions.version_of(model)
+    def build(tensor):
+        for new in branch.layers:
+            config = {**new.config, "name": free_name(model, new.config["name"])}
+            layer = new.layer_class.from_config(config)
+            tensor = layer(tensor)
+            layer.set_weights(new.weights)
+            made.append(LayerChange(layer, {}, {}, inserted=new.at_rest))
+        return tensor
 
-    def rollback(self) -> None:
-        """Puts model, optimizer and version back as they were when the transaction began."""
-        self._inner.rollback()
-        versions.restore(self._model, self._version)
-
-
-@contextlib.contextmanager
-def growth_transaction(model: keras.Model) -> Iterator[GrowthTransaction]:
-    """Restores the model, its optimizer and its version if the block raises anything at all."""
-    version = versions.version_of(model)
-    try:
-        with transaction.transaction(model) as inner:
-            yield GrowthTransaction(model, inner)
-    except BaseException:
-        versions.restore(model, version)
-        raise
+    add_branch(model, branch.source, branch.target, build)
+    return made

@@ -8,13 +8,13 @@ slots, iterations, learning rate, loss scale and the optimizer itself stay the s
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 
-from tfgrow._keras import optimizer_weights
+from tfgrow._keras import optimizer_weights, own_variables
 from tfgrow.surgery import rebuild
 from tfgrow.types import NEWBORN, AxisSource
 
@@ -133,6 +133,94 @@ def grow_optimizer(model: keras.Model, replaced: Iterable[rebuild.Replacement]) 
                 if slot is not None:
                     rebuild.set_value(model, slot, map_slot(slot.numpy(), kind, replacement))
         rebuild.rekey_optimizer(optimizer)
+
+
+def extend_optimizer(model: keras.Model, newborn: Sequence[keras.Variable]) -> None:
+    """Lets a model's optimizer train weights that came to the model after it was built.
+
+    The old weights keep their slots; the new ones get slots as of newborn entries, with the mean
+    over all the old. The order becomes that of `model.trainable_variables`, by which files store.
+
+    Args:
+      model: the model with its new weights. An optimizer that is not built yet is left so.
+      newborn: the new trainable weights.
+
+    Raises:
+      ValueError: the optimizer's slots are unknown, or it can't be made anew from its config.
+    """
+    with model.distribute_strategy.scope():
+        for optimizer in _built_optimizers(model):
+            if newborn and _trains_all(optimizer, model, newborn):
+                _extend(optimizer, _in_order(optimizer_weights(optimizer), newborn, model))
+
+
+def _trains_all(optimizer, model: keras.Model, newborn: Sequence[keras.Variable]) -> bool:
+    """Whether an optimizer trains the whole model, not a part of it by a train step of its own."""
+    known = {id(weight) for weight in [*optimizer_weights(optimizer), *newborn]}
+    return all(id(weight) in known for weight in model.trainable_variables)
+
+
+def _in_order(old, newborn, model: keras.Model) -> list[keras.Variable]:
+    """The weights in the order of the model, those that it does not hold (any more) at the end."""
+    wanted = {id(weight): weight for weight in [*old, *newborn]}
+    # Not `trainable_variables`: a layer may have been frozen since the optimizer was built.
+    held = [wanted.pop(id(weight)) for weight in model.variables if id(weight) in wanted]
+    return [*held, *wanted.values()]
+
+
+def _extend(optimizer: keras.optimizers.Optimizer, weights: list[keras.Variable]) -> None:
+    """Takes a freshly built optimizer as the guide to the order of all variables."""
+    guide = _built_alike(optimizer, weights)
+    positions = {id(weight): index for index, weight in enumerate(optimizer_weights(optimizer))}
+    slots: dict[str, list] = {}
+    place: dict[int, keras.Variable] = {}  # the variable that takes the place of a guide's
+    for name, kind in _slot_kinds(optimizer).items():
+        if not (old := getattr(optimizer, name, None)):
+            continue
+        slots[name] = []
+        for weight, fresh in zip(weights, getattr(guide, name), strict=True):
+            index = positions.get(id(weight))
+            slot = fresh if index is None else old[index]
+            if index is None and fresh is not None:
+                fresh.assign(_neutral(kind, weight, old))
+            place[id(fresh)] = slot
+            slots[name].append(slot)
+    kept = {id(slot) for of_weights in slots.values() for slot in of_weights}
+    counters = [v for v in own_variables(optimizer) if id(v) not in kept]
+    theirs = [v for v in own_variables(guide) if id(v) not in place]
+    if [v.shape for v in counters] != [v.shape for v in theirs]:
+        raise ValueError(
+            f"Optimizer '{optimizer.name}' ({type(optimizer).__name__}) made from its config has "
+            f"the variables {[v.name for v in theirs]} beside its slots, this one has "
+            f"{[v.name for v in counters]}: it can't take up new weights. Let its get_config() "
+            "describe it."
+        )
+    place.update((id(v), counter) for v, counter in zip(theirs, counters, strict=True))
+    variables = [place[id(variable)] for variable in own_variables(guide)]
+    rebuild.refit_optimizer(optimizer, weights, variables, slots)
+
+
+def _built_alike(optimizer, weights: list[keras.Variable]) -> keras.optimizers.Optimizer:
+    try:
+        guide = type(optimizer).from_config(optimizer.get_config())
+        guide.build(weights)
+    except Exception as error:
+        raise ValueError(
+            f"Optimizer '{optimizer.name}' ({type(optimizer).__name__}) can't be made anew from "
+            "its config, so that it can't take up new weights: give it a get_config() that "
+            f"describes it. {type(error).__name__}: {str(error)[:500]}"
+        ) from error
+    return guide
+
+
+def _neutral(kind: SlotKind, weight: keras.Variable, old: Iterable) -> Any:
+    """A newborn weight's slot: as if it had neither moved nor been seen moving."""
+    if kind is SlotKind.WEIGHT:
+        return weight
+    others = [slot.numpy().astype(np.float64).ravel() for slot in old if slot is not None]
+    if kind is SlotKind.GRADIENT or not others:
+        return np.zeros(weight.shape)
+    return np.full(weight.shape, np.concatenate(others).mean())
 
 
 def map_slot(slot: np.ndarray, kind: SlotKind, replacement: rebuild.Replacement) -> np.ndarray:

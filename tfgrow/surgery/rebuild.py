@@ -15,7 +15,7 @@ import copy
 import dataclasses
 import inspect
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -23,8 +23,9 @@ import numpy as np
 import tensorflow as tf
 from keras.src import backend
 from keras.src.models.functional import Functional
+from keras.src.ops.function import map_graph
 from keras.src.ops.node import Node
-from keras.src.utils.tracking import Tracker
+from keras.src.utils.tracking import DotNotTrackScope, TrackedList, Tracker
 from tensorflow.python.framework import ops as tf_ops
 from tensorflow.python.trackable.data_structures import ListWrapper, _DictWrapper
 
@@ -239,6 +240,135 @@ def refresh_graph(model: keras.Model, changed: Iterable[keras.Layer]) -> None:
     visited: set[int] = set()
     _refresh(_functional(model), {id(layer) for layer in changed}, moved, visited)
     _refresh_elsewhere(changed, moved, visited)
+
+
+# New calls in the graph.
+
+
+def put_calls_first(model: keras.Sequential) -> None:
+    """Lets `input` and `output` of a Sequential model's layers mean the calls that it runs.
+
+    `Sequential.add` calls all layers anew and leaves the calls of before where `layer.output` looks
+    first: those would go past what is inserted.
+    """
+    graph: Any = _functional(model)
+    own = _calls(graph)
+    for operation in graph.operations:
+        calls = operation._inbound_nodes
+        run = [call for call in own if call.operation is operation]
+        calls[:] = [*run, *(call for call in calls if call not in run)]
+        for index, call in enumerate(calls):
+            for tensor in call.outputs:
+                tensor._keras_history = tensor._keras_history._replace(node_index=index)
+    _renew_graph(graph, graph._outputs_struct)
+
+
+def splice(model: keras.Model, old: keras.KerasTensor, new: keras.KerasTensor) -> None:
+    """Lets all calls of a model that read one symbolic tensor read another, and its outputs too.
+
+    The calls and their outputs stay the same objects. Layers that became part of the model are
+    tracked by it, in the order in which Keras would keep them had the model been made like that.
+
+    Args:
+      model: a built Functional or Sequential model.
+      old: a tensor of the model's graph.
+      new: a tensor made of tensors of the graph by new calls, which go on reading what they read.
+
+    Raises:
+      ValueError: the new graph is none: a cycle, a foreign input, or a name that stands twice.
+    """
+    graph: Any = _functional(model)
+    for node in _calls(graph):
+        _read_instead(node, old, new)
+    outputs = keras.tree.map_structure(lambda t: new if t is old else t, graph._outputs_struct)
+    _renew_graph(graph, outputs)
+
+
+def put_in_stack(
+    model: keras.Sequential, after: keras.Layer, layers: Sequence[keras.Layer]
+) -> None:
+    """Puts layers behind another one in the list that a Sequential model builds itself from."""
+    stack = list(model._layers)
+    index = 1 + next(i for i, layer in enumerate(stack) if layer is after)
+    model._layers = [*stack[:index], *layers, *stack[index:]]
+
+
+def note_trainable_state(model: keras.Model) -> None:
+    """Takes new layers for known since `compile`, so that Keras does not warn of them."""
+    known = getattr(model, "_compiled_trainable_state", None)
+    if known is not None:
+        with DotNotTrackScope():  # as `compile` sets it
+            model._compiled_trainable_state = {
+                layer: known.get(layer, layer.trainable) for layer in model._flatten_layers()
+            }
+
+
+def _calls(graph: Functional) -> list[Node]:
+    by_depth = graph._nodes_by_depth
+    return [call for depth in sorted(by_depth, reverse=True) for call in by_depth[depth]]
+
+
+def _read_instead(node: Node, old: keras.KerasTensor, new: keras.KerasTensor) -> None:
+    if not any(tensor is old for tensor in node.input_tensors):
+        return
+    _forget_reader(node)
+    args, kwargs = node.arguments.convert(lambda x: new if x is old else x)
+    node.arguments = type(node.arguments)(*args, **kwargs)
+    for tensor in node.input_tensors:  # as Node.__init__ does
+        tensor._keras_history.operation._outbound_nodes.append(node)
+
+
+def _forget_reader(node: Node) -> None:
+    for tensor in node.input_tensors:
+        readers = tensor._keras_history.operation._outbound_nodes
+        readers[:] = [reader for reader in readers if reader is not node]
+
+
+def _renew_graph(graph: Functional, outputs: Any) -> None:
+    """What Keras derives from a Functional model's inputs and outputs, derived anew."""
+    flat = keras.tree.flatten(outputs)
+    derived = map_graph(graph._inputs, flat)
+    names = ("_nodes", "_nodes_by_depth", "_operations", "_operations_by_depth")
+    with DotNotTrackScope():  # as Keras sets them
+        for name, value in zip(names, derived, strict=True):
+            setattr(graph, name, value)
+    if any(now is not before for now, before in zip(flat, graph._outputs, strict=True)):
+        vars(graph).update(_outputs_struct=outputs, _outputs=flat)  # TensorFlow would wrap lists
+        graph.output_names = [tensor._keras_history.operation.name for tensor in flat]
+    for layer in graph.layers:
+        graph._tracker.track(layer)
+    members = {id(layer) for layer in graph.layers}
+    others = [layer for layer in graph._layers if id(layer) not in members]
+    graph._layers[:] = [*graph.layers, *others]
+
+
+def refit_optimizer(
+    optimizer: keras.optimizers.Optimizer,
+    weights: Sequence[keras.Variable],
+    variables: Sequence[keras.Variable],
+    slots: Mapping[str, Sequence[keras.Variable | None]],
+) -> None:
+    """Gives a built optimizer other weights to train, with their slots.
+
+    Args:
+      optimizer: the optimizer.
+      weights: all that it is to train, in the order of the slots.
+      variables: its own variables, in the order of files.
+      slots: by attribute, the slot of every weight.
+    """
+    tracker = optimizer._tracker
+    with DotNotTrackScope():  # as Keras sets them
+        optimizer._variables = list(variables)
+        optimizer._trainable_variables = list(weights)
+    is_variable, _ = tracker.config["variables"]
+    tracker.config["variables"] = (is_variable, optimizer._variables)
+    tracker.stored_ids["variables"] = {id(variable) for variable in variables}
+    for name, of_weights in slots.items():
+        tracked = isinstance(getattr(optimizer, name), TrackedList)
+        with contextlib.nullcontext() if tracked else DotNotTrackScope():
+            setattr(optimizer, name, list(of_weights))
+    keys = {optimizer._var_key(weight): index for index, weight in enumerate(weights)}
+    refill_dict(optimizer._trainable_variables_indices, keys)
 
 
 # Checks: all of them before the first mutation.

@@ -13,6 +13,7 @@ from typing import Any
 
 import keras
 
+from tfgrow.graph import versions
 from tfgrow.surgery import optimizer, rebuild
 from tfgrow.types import LayerChange
 
@@ -118,6 +119,32 @@ def transaction(model: keras.Model) -> Iterator[Transaction]:
         raise
     finally:
         snapshot.close()
+
+
+class GrowthTransaction:
+    """A transaction that also puts the model's version back."""
+
+    def __init__(self, model: keras.Model, inner: Transaction):
+        self._model = model
+        self._inner = inner
+        self._version = versions.version_of(model)
+
+    def rollback(self) -> None:
+        """Puts model, optimizer and version back as they were when the transaction began."""
+        self._inner.rollback()
+        versions.restore(self._model, self._version)
+
+
+@contextlib.contextmanager
+def growth_transaction(model: keras.Model) -> Iterator[GrowthTransaction]:
+    """Restores the model, its optimizer and its version if the block raises anything at all."""
+    version = versions.version_of(model)
+    try:
+        with transaction(model) as inner:
+            yield GrowthTransaction(model, inner)
+    except BaseException:
+        versions.restore(model, version)
+        raise
 
 
 def edit(model: keras.Model, changes: Sequence[LayerChange]) -> None:

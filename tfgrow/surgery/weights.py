@@ -24,6 +24,7 @@ from tfgrow.types import (
     NEWBORN,
     AxisSource,
     ChannelMap,
+    KernelEdit,
     LayerChange,
     NewUnit,
     VariableChange,
@@ -71,18 +72,27 @@ def _edited(edit: WidthEdit) -> set[int]:
     return set(edit.replaced) | set(edit.removed)
 
 
-def layer_changes(edits: Sequence[WidthEdit]) -> list[LayerChange]:
-    """What a set of width edits does to every layer it reaches."""
-    merged = {edit.site.producers[0].index: edit for edit in merge_edits(edits)}
-    if not merged:
-        return []
-    graph = next(iter(merged.values())).site.graph
-    widening = _Widening(graph, merged)
+def layer_changes(edits: Sequence[WidthEdit | KernelEdit]) -> list[LayerChange]:
+    """What a set of edits does to every layer it reaches."""
     work: dict[int, _LayerWork] = {}
+    for edit in edits:
+        if isinstance(edit, KernelEdit):
+            layer = edit.site.producers[edit.producer].operation
+            if id(layer) in work:
+                raise ValueError(f"The kernel of layer '{layer.name}' is enlarged twice at once.")
+            _work(work, layer).enlarge(edit)
+    wider = merge_edits([edit for edit in edits if isinstance(edit, WidthEdit)])
+    if wider:
+        _widen(work, {edit.site.producers[0].index: edit for edit in wider}, wider[0].site.graph)
+    return [item.change() for item in work.values()]
+
+
+def _widen(work: dict, merged: dict[int, WidthEdit], graph) -> None:
+    widening = _Widening(graph, merged)
     for edit in merged.values():
         for number, node in enumerate(edit.site.producers):
             producer = _work(work, node.operation)
-            producer.attributes[node.operation.units_attribute] = edit.new_width
+            producer.attributes.update(node.operation.width_attributes(edit.new_width))
             producer.widen_outputs(edit, number)
     reached = {  # by index: candidates made by several calls are of several traces of one model
         item.index: item
@@ -96,7 +106,11 @@ def layer_changes(edits: Sequence[WidthEdit]) -> list[LayerChange]:
         if isinstance(node.operation, Growable):
             reader = _work(work, node.operation)
             (reader.widen_inputs if node.mixing else reader.widen_channels)(widening, node)
-    return [item.change() for item in work.values()]
+        view = None if node.mixing or len(node.inputs) > 1 else channelwise_view(node.operation)
+        if view is not None:
+            attributes = view.resized_attributes(widening.size(node.inputs[0]))
+            if attributes:
+                _work(work, node.operation).attributes.update(attributes)
 
 
 class _Widening:
@@ -112,6 +126,7 @@ class _Widening:
         self._after = Flow(
             graph,
             {node.index: edit.new_width for edit in edits.values() for node in edit.site.producers},
+            tied_as=self._before,
         )
         self._parents = {owner: _source(_units(edit)) for owner, edit in edits.items()}
 
@@ -135,6 +150,12 @@ class _Widening:
         (before, old), (after, new) = sides
         descent = descend(before, after, (old, new), self._parents)
         return _Axis(before, descent)
+
+    def size(self, tensor: int) -> int:
+        """Length of a tensor's last axis afterwards."""
+        size = self._after.sizes[tensor]
+        assert size is not None
+        return size
 
     def consumer_of(self, edit: WidthEdit, node: Node) -> int:
         """The number of a node among the consumers of an edit's site."""
@@ -210,10 +231,11 @@ class _LayerWork:
         self.attributes: dict[str, Any] = {}
         self.values = {
             name: _precise(np.asarray(variable))
-            for name, variable in layer.growable_variables().items()
+            for name, variable in getattr(layer, "growable_variables", dict)().items()
         }
         self.sources: dict[str, list[AxisSource]] = {name: [] for name in self.values}
         self.moved: set[str] = set()  # variables that change without being resized
+        self._larger: list[tuple[int, int]] = []  # taps before and behind the old kernel, by axis
 
     def change(self) -> LayerChange:
         return LayerChange(
@@ -226,6 +248,27 @@ class _LayerWork:
             },
         )
 
+    def enlarge(self, edit: KernelEdit) -> None:
+        old = self.values["kernel"]
+        self._larger = [
+            (start, new - start - size)
+            for start, new, size in zip(edit.offset, edit.ring.shape, old.shape, strict=False)
+        ]
+        ring = np.array(edit.ring, old.dtype)
+        inner = zip(edit.offset, old.shape, strict=False)
+        ring[tuple(slice(start, start + size) for start, size in inner)] = 0.0
+        self.values["kernel"] = self._surrounded(old) + ring
+        for axis, (before, behind) in enumerate(self._larger):
+            source = np.pad(np.arange(old.shape[axis]), (before, behind), constant_values=NEWBORN)
+            ones = np.ones(len(source))
+            kept = AxisSource(axis, source, ones, ones, newborn_zero=True)
+            self.sources["kernel"].append(kept)
+        self.attributes.update(edit.attributes)
+
+    def _surrounded(self, kernel: np.ndarray) -> np.ndarray:
+        """A kernel of the old size, spatial axes first, with zeros around it."""
+        return np.pad(kernel, [*self._larger, *[(0, 0)] * (kernel.ndim - len(self._larger))])
+
     def widen_outputs(self, edit: WidthEdit, producer: int) -> None:
         units = _units(edit)
         source = _source(units)
@@ -235,7 +278,8 @@ class _LayerWork:
                 continue
             old = np.moveaxis(self.values[name], axis, 0)
             theirs = parameter_name(name, producer)
-            new = [old[u] if isinstance(u, int) else u.fan_in[theirs] for u in units]
+            made = self._surrounded if name == "kernel" else np.asarray
+            new = [old[u] if isinstance(u, int) else made(u.fan_in[theirs]) for u in units]
             self._put(name, axis, np.stack(new), source, _ones(units), _gradient_scales(units))
 
     def widen_channels(self, widening: _Widening, node: Node) -> None:
@@ -331,8 +375,11 @@ class _LayerWork:
         )
         inherited = np.where(outputs == NEWBORN, 0.0, rows[:, :, outputs])
         spatial = [n for a, n in enumerate(value.shape) if a not in (axis % value.ndim, out_axis)]
-        blocks = np.moveaxis(inherited, 1, 0)
-        return blocks.reshape(len(blocks), *spatial, value.shape[out_axis])
+        before = [n - sum(pads) for n, pads in zip(spatial, self._larger, strict=False)]
+        inherited = inherited.reshape(*(before or spatial), *inherited.shape[1:])
+        blocks = np.moveaxis(self._surrounded(inherited), -2, 0)
+        made = blocks.reshape(len(blocks), *spatial, value.shape[out_axis])
+        return np.moveaxis(made, -1, out_axis + (out_axis < axis % value.ndim))
 
     def _put(
         self, name, axis, new, source, value_scale, gradient_scale, newborn_zero=False, fold=None

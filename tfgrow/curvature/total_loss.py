@@ -1,0 +1,282 @@
+"""The loss of a whole model: the sum of what its outputs cost.
+
+Output o has the logits z_o and the loss l_o, a mean over samples times the loss weight of the
+output. The Gauss-Newton matrix of the sum is block diagonal over the outputs' logits: it is
+`sum_o J_o' H_o J_o`, so that a column belongs to one output and is zero at the others.
+
+Targets, weights and logits are sequences with an entry per output that has a loss (a *part*).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from tfgrow.capture.batches import Batch
+from tfgrow.capture.capture import Cotangents, Head, find_head
+from tfgrow.curvature.by_output import losses_by_output, values_by_output, weights_by_output
+from tfgrow.curvature.columns import weigh_columns, weigh_values
+from tfgrow.curvature.loss_head import (
+    AUTO_EXACT_COLUMNS,
+    Curvature,
+    LossHead,
+    make_loss_head,
+    resolve_curvature,
+)
+from tfgrow.graph.nodes import Graph
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class OutputLoss:
+    """What one output adds to the loss.
+
+    Attributes:
+      key: the output's name.
+      output: its position among the model's outputs.
+      head: where its logits are.
+      at_logits: its loss as a function of them.
+      at_output: its loss as a function of what the model gives.
+      weight: its loss weight.
+      curvature: how the Hessian at its logits is made up of columns.
+      labels: the class indices that its targets may hold; None if they are no class indices.
+    """
+
+    key: str
+    output: int
+    head: Head
+    at_logits: LossHead
+    at_output: LossHead
+    weight: float
+    curvature: Curvature
+    labels: range | None
+
+    def column_of(self, gradient: tf.Tensor, weight: tf.Tensor) -> tf.Tensor:
+        """The empirical column, from the gradient of each sample's weighted loss anywhere."""
+        if weight.shape.rank > 1:  # the gradient itself, as weights of positions are in it
+            return gradient if self.weight == 1.0 else gradient / max(self.weight, 1e-30) ** 0.5
+        shape = (-1, *[1] * (len(gradient.shape) - 1))
+        return tf.math.divide_no_nan(gradient, tf.reshape(tf.sqrt(weight), shape))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TotalLoss:
+    """The loss of a model, as a function of its logits.
+
+    Attributes:
+      parts: the outputs that have a loss.
+      keys: the names of all outputs.
+    """
+
+    parts: tuple[OutputLoss, ...]
+    keys: tuple[str, ...]
+
+    @property
+    def heads(self) -> list[Head]:
+        """Where the logits are."""
+        return [part.head for part in self.parts]
+
+    @property
+    def labels(self) -> list[tuple[str, range | None]]:
+        """By name of the output, the class indices that its targets may hold."""
+        return [(part.key, part.labels) for part in self.parts]
+
+    @property
+    def curvature(self) -> str | tuple[str, ...]:
+        """The one of all parts, or each one's."""
+        names = tuple(part.curvature for part in self.parts)
+        return names[0] if len(set(names)) == 1 else names
+
+    @property
+    def column_of_gradient(self) -> Callable | None:
+        """How gradient and weights make the only column, where it needs no pass of its own."""
+        first, *others = self.parts
+        return first.column_of if first.curvature == "empirical" and not others else None
+
+    def arranged(self, batch: Batch) -> Batch:
+        """A batch as `fit` takes it, with targets and weights by part.
+
+        The loss weights become factors of the sample weights: all that follows heeds them so.
+
+        Raises:
+          ValueError: if targets or weights are missing, or there are too many.
+        """
+        x, y, weight = batch
+        wanted = [part.output for part in self.parts]
+        targets = values_by_output("targets", y, self.keys, wanted)
+        missing = [p.key for p, target in zip(self.parts, targets, strict=True) if target is None]
+        if missing:
+            raise ValueError(
+                f"The dataset gives no targets for the outputs {missing}, which have a loss; give "
+                "them, or compile the model with None as their loss."
+            )
+        if tf.is_tensor(weight):
+            weights = [weight] * len(self.parts)
+        else:
+            weights = values_by_output("sample weights", weight, self.keys, wanted)
+        weights = [
+            _times(part.weight, tf.ones(tf.shape(y)[:1]) if w is None else w)
+            for part, y, w in zip(self.parts, targets, weights, strict=True)
+        ]
+        return x, tuple(targets), tuple(weights)
+
+    def value(self, y: Sequence, logits: Sequence, weights: Sequence) -> tf.Tensor:
+        """Sum of a batch's weighted losses."""
+
+        def of_part(part, *args):
+            return tf.reduce_sum(part.at_logits.per_sample(*args))
+
+        return _sum(self._by_part(of_part, y, logits, weights))
+
+    def value_at_outputs(self, y: Sequence, outputs: Sequence, weights: Sequence) -> tf.Tensor:
+        """The same from what the model gives at the outputs of the parts."""
+
+        def of_part(part, *args):
+            return tf.reduce_sum(part.at_output.per_sample(*args))
+
+        return _sum(self._by_part(of_part, y, outputs, weights))
+
+    def gradient(self, y: Sequence, logits: Sequence, weights: Sequence) -> list[tf.Tensor]:
+        """Gradient of each sample's weighted loss with respect to the logits of each part."""
+        return self._by_part(_weighted_gradient, y, logits, weights)
+
+    def columns(
+        self, y: Sequence, logits: Sequence, weights: Sequence, draws: int, seed: Any
+    ) -> list[Cotangents]:
+        """Columns of the Hessian of each sample's weighted loss, by number of the part.
+
+        The columns of a part are zero at the others. Only those that are drawn go together, the
+        n-th of every part: draws of different parts are independent and have zero mean, so that
+        `sum_o J_o' h_o` times its transpose is `sum_o J_o' H_o J_o` in expectation all the same.
+        """
+
+        def of_part(part, target, z, weight, own_seed):
+            if part.curvature == "empirical":
+                return [part.column_of(_weighted_gradient(part, target, z, weight), weight)]
+            factors = part.at_logits.factors(target, z, part.curvature, draws, own_seed)
+            return weigh_columns(factors, weight)
+
+        seeds = [_seed_of(seed, number) for number in range(len(self.parts))]
+        columns = self._by_part(of_part, y, logits, weights, seeds)
+        drawn, alone = {}, []
+        for number, (part, own) in enumerate(zip(self.parts, columns, strict=True)):
+            if part.curvature == "sampled":
+                drawn[number] = own
+            else:
+                alone += [{number: column} for column in own]
+        together = zip(*drawn.values(), strict=True)
+        return [*(dict(zip(drawn, nth, strict=True)) for nth in together), *alone]
+
+    def quadratic(
+        self, y: Sequence, logits: Sequence, directions: Sequence, weights: Sequence
+    ) -> tf.Tensor:
+        """Sum over a batch of v' H v for a direction v of the logits of each part."""
+
+        def of_part(part, *args):
+            return tf.reduce_sum(part.at_logits.quadratic(*args))
+
+        return _sum(self._by_part(of_part, y, logits, directions, weights))
+
+    def _by_part(self, function: Callable, *by_part: Sequence) -> list:
+        results = []
+        for part, *args in zip(self.parts, *by_part, strict=True):
+            with _naming(self.keys, part.output):
+                results.append(function(part, *args))
+        return results
+
+
+def _weighted_gradient(part: OutputLoss, y, z, weight) -> tf.Tensor:
+    return weigh_values(part.at_logits.gradient(y, z), weight)
+
+
+def make_total_loss(
+    graph: Graph, loss: Any, loss_weights: Any = None, curvature: str = "auto"
+) -> TotalLoss:
+    """The loss of a model at its logits.
+
+    Args:
+      graph: the traced model.
+      loss: what `model.compile` was given: one loss for all outputs, or a list or dict of one per
+        output, None where an output has none.
+      loss_weights: what `model.compile` was given besides.
+      curvature: see `LossHead.factors`; `"auto"` is exact up to `AUTO_EXACT_COLUMNS` columns of all
+        parts together, else sampled, and empirical for parts whose Hessian is zero almost
+        everywhere.
+
+    Raises:
+      ValueError: if there is no loss, there are losses or weights too many or too few, or
+        `curvature` is unknown.
+      TypeError: for a loss that cannot be called.
+    """
+    keys = graph.output_keys
+    losses = losses_by_output(loss, keys, graph.names_outputs)
+    weights = weights_by_output(loss_weights, loss, keys)
+    given = [number for number, one in enumerate(losses) if one is not None]
+    if not given:
+        raise ValueError("Found no loss. Compile the model with one, or pass `loss=`.")
+    heads = [find_head(graph, number) for number in given]
+    at_logits = []
+    for number, head in zip(given, heads, strict=True):
+        with _naming(keys, number):
+            at_logits.append(make_loss_head(losses[number], head.activation))
+    shapes = [graph.tensors[graph.outputs[number]].shape for number in given]
+    parts = [
+        OutputLoss(
+            key=keys[number],
+            output=number,
+            head=head,
+            at_logits=at_head,
+            at_output=make_loss_head(losses[number]),
+            weight=weights[number],
+            curvature=resolved,
+            labels=at_head.labels(shape),
+        )
+        for number, head, at_head, shape, resolved in zip(
+            given, heads, at_logits, shapes, _resolve(curvature, at_logits, shapes), strict=True
+        )
+    ]
+    return TotalLoss(tuple(parts), keys)
+
+
+def _resolve(name: str, losses: Sequence[LossHead], shapes: Sequence) -> list[Curvature]:
+    resolved = [resolve_curvature(name, *one) for one in zip(losses, shapes, strict=True)]
+    if name != "auto":
+        return resolved
+    columns = [
+        loss.exact_columns(shape) or 0
+        for loss, shape, one in zip(losses, shapes, resolved, strict=True)
+        if one != "empirical"
+    ]
+    if "sampled" not in resolved and sum(columns) <= AUTO_EXACT_COLUMNS:
+        return resolved
+    return ["sampled" if one == "exact" else one for one in resolved]
+
+
+def _seed_of(seed: Any, number: int) -> Any:
+    """A seed of its own for each part, as draws of different parts must be independent."""
+    if seed is None or number == 0:
+        return seed
+    return tf.random.experimental.stateless_fold_in(seed, number)
+
+
+def _times(factor: float, weight: tf.Tensor) -> tf.Tensor:
+    return weight if factor == 1.0 else factor * weight
+
+
+def _sum(values: Sequence) -> tf.Tensor:
+    return values[0] if len(values) == 1 else tf.add_n(values)
+
+
+@contextlib.contextmanager
+def _naming(keys: Sequence[str], number: int):
+    """Errors of one output of several say which."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        if len(keys) == 1:
+            raise
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"Output '{keys[number]}': {error}") from error
