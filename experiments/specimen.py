@@ -202,6 +202,7 @@ class Specimen:
         if not self.result["errors"]:
             del stock
             self._grow(expected)
+        self.result["cpu_seconds"] = time.process_time()
         self.result["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         return self.result
 
@@ -212,22 +213,24 @@ class Specimen:
             self._change_nothing(expected)
             with self._phase("learn"):
                 self._learn()
+            with self._phase("score"):
+                self._score()
             with self._phase("apply"):
                 self._apply()
-        with self._phase("save"):
-            self._keep()
+        self._keep()
 
     @contextlib.contextmanager
     def _phase(self, name: str) -> Iterator[None]:
-        """Takes the time; an error is written down instead of raised."""
-        started = time.perf_counter()
+        """Takes the time, without that of phases inside; an error is noted instead of raised."""
+        seconds = self.result["seconds"]
+        started, inside = time.perf_counter(), sum(seconds.values())
         try:
             yield
         except Exception as error:
             text = f"{type(error).__name__}: {error}"
             self.result["errors"][name] = {"error": text, "trace": traceback.format_exc()}
-        seconds = self.result["seconds"]
-        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started
+        inside = sum(seconds.values()) - inside
+        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started - inside
 
     def _count_sites(self) -> None:
         every = tfgrow.find_sites(self.model)
@@ -268,24 +271,46 @@ class Specimen:
         morphism, scale = get(candidate.morphism), self.settings["scale"]
         return morphism.scaled(candidate, scale if morphism.solved else np.sqrt(scale)) or candidate
 
-    def _apply(self) -> None:
-        """Estimates against truth, of each kind alone and of all at once."""
+    def _score(self) -> None:
+        """Estimates against truth, of each kind alone."""
         estimator = tfgrow.GaussNewtonEstimator(self.model, curvature="exact")
-        interaction = estimator.interaction(self.learned, self.batches)
-        before = self._loss()
+        self.interaction = estimator.interaction(self.learned, self.batches)
+        self.result["loss"] = self._loss()
         for name, found in self.result["morphisms"].items():
             mine = [row for row, c in enumerate(self.learned) if c.morphism == name]
             if mine:
-                true = tfgrow.measure_change(
-                    self.model, [self.learned[row] for row in mine], self.batches
-                )
-                found |= against(interaction.change(mine), true, before)
-        event = tfgrow.apply(self.model, self.learned)
-        self.result |= {
-            "all": against(interaction.change(), self._loss() - before, before),
-            "loss": before,
-            "params_after": event.params_after,
-        }
+                with self._phase("truth"):
+                    chosen = [self.learned[row] for row in mine]
+                    true = tfgrow.measure_change(self.model, chosen, self.batches)
+                    estimated = self.interaction.change(mine)
+                    found |= against(estimated, true, self.result["loss"])
+
+    def _apply(self) -> None:
+        """Small steps of as many kinds as go together, in place; then the others, each by itself.
+
+        Some kinds exclude each other, and some can only be done as a whole.
+        """
+        kinds = list(dict.fromkeys(c.morphism for c in self.learned))
+        together = [k for k in kinds if all(map(_scalable, self._of_kind(k)))]
+        before = self._loss()
+        while together:
+            rows = [row for row, c in enumerate(self.learned) if c.morphism in together]
+            try:
+                event = tfgrow.apply(self.model, [self.learned[row] for row in rows])
+            except ValueError:
+                if len(together) == 1:
+                    raise
+                together.pop()
+                continue
+            found = against(self.interaction.change(rows), self._loss() - before, before)
+            self.result |= {"all": found, "together": together, "params_after": event.params_after}
+            break
+        for kind in kinds:
+            if kind not in together:
+                change_nothing(self.model, kind, self.sites[:1])
+
+    def _of_kind(self, kind: str) -> list[tfgrow.Candidate]:
+        return [candidate for candidate in self.learned if candidate.morphism == kind]
 
     def _loss(self) -> float:
         images, labels = self.data
@@ -296,10 +321,10 @@ class Specimen:
 
     def _keep(self) -> None:
         """Saved and loaded, exported and served: the outputs stay."""
-        expected = outputs_of(self.model, self.few)
         folder = Path(tempfile.mkdtemp(prefix="zoo."))
         try:
             with self._phase("save and load"):
+                expected = outputs_of(self.model, self.few)
                 self.model.save(folder / "model.keras")
                 loaded = keras.models.load_model(folder / "model.keras")
                 self.result["saved"] = difference(outputs_of(loaded, self.few), expected)
@@ -312,6 +337,10 @@ class Specimen:
                 self.result["exported"] = difference(found, expected)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _scalable(candidate: tfgrow.Candidate) -> bool:
+    return get(candidate.morphism).scaled(candidate, 0.0) is not None
 
 
 def against(estimated: float, true: float, loss: float) -> dict[str, float | None]:

@@ -154,14 +154,16 @@ def table(results: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[An
     kinds = kinds_of(results)
     columns = ["network", "input", "parameters", "sites", "layers", "blocked", "outputs"]
     columns += ["largest difference", *(f"{kind}: estimate/truth" for kind in kinds)]
-    columns += ["all", "seconds", "GB"]
+    columns += ["all", "seconds", "CPU seconds", "GB"]
     rows = []
     for one in results:
         row = [one["model"], *(one.get(name) for name in ("input", "params", "sites", "layers"))]
         row += [sum(one.get("blocked", {}).values()), verdict(one)]
         row += [max(deviations(one).values(), default=None)]
         row += [_ratio(one.get("morphisms", {}).get(kind, {})) for kind in kinds]
-        row += [_ratio(one.get("all", {})), round(seconds(one)), one.get("peak_gb")]
+        cpu = one.get("cpu_seconds")
+        row += [_ratio(one.get("all", {})), round(seconds(one)), cpu and round(cpu)]
+        row += [one.get("peak_gb")]
         rows.append(row)
     return columns, rows
 
@@ -207,9 +209,11 @@ def page(results: Sequence[Mapping[str, Any]]) -> str:
         "unit: a copy of another), after saving and loading and in the SavedModel of the grown "
         f"network; they are equal if they differ by at most {SAME:g} of the largest. Estimates are "
         f"of edits at a few sites, learned for {settings['steps']} steps and scaled by "
-        f"{settings['scale']:g} (by its root where the effect is of second order; removals as a "
-        "whole), on the samples they were learned on; the true change of the mean loss is in "
-        "brackets.",
+        f"{settings['scale']:g} (by its root where the effect is of second order), "
+        "on the samples they were learned on; the true change of the mean loss is in brackets. "
+        "What can only be done as a whole (removals) is estimated as a whole: with closed forms "
+        "from so few samples of an untrained network, that is no small change, and it is not "
+        "among `all`, which are those of as many kinds as can be applied at once.",
         tables.markdown(*table(results)),
     ]
     if stuck := [one for one in results if one.get("sites") == 0]:

@@ -8,6 +8,7 @@ from keras import layers
 
 import tfgrow
 from tests.cases import CASES, by_name, class_data, regression_data
+from tfgrow.capture import capture as capturing
 from tfgrow.capture.capture import (
     capture,
     consumer_taps,
@@ -157,6 +158,32 @@ def test_each_output_has_a_head():
         find_head(trace(keras.Model(inputs, inputs)))
 
 
+def test_backward_passes_of_deep_models_run_in_a_loop(monkeypatch):
+    """They are the same ones, traced once."""
+    net = Net(by_name(SMOOTH[0]).model(), "mse")
+    outputs = int(net.values[net.head.tap].shape[-1])
+
+    def columns(logits):
+        return [{0: logits[0] * (1.0 + number)} for number in range(outputs)]
+
+    def of_batch(x):
+        found = capture(net.graph, [net.head], x, net.taps, lambda z: {0: z[0]}, columns)
+        return found.cotangents
+
+    def operations():
+        traced = tf.function(of_batch).get_concrete_function(net.x)
+        return len(traced.graph.get_operations()), traced(net.x)
+
+    flat, expected = operations()
+    monkeypatch.setattr(capturing, "DEEP", 0)
+    looped, found = operations()
+    assert looped < flat
+    assert found.keys() == expected.keys()
+    for tap, value in found.items():
+        assert value.shape == expected[tap].shape
+        np.testing.assert_allclose(value, expected[tap], rtol=1e-5, atol=1e-6)
+
+
 def test_a_layer_that_hands_on_the_very_same_tensor_is_told_from_what_it_reads():
     """Dropout does, at inference: what else reads its input is not behind the dropout."""
     inputs = keras.Input((3,))
@@ -170,3 +197,24 @@ def test_a_layer_that_hands_on_the_very_same_tensor_is_told_from_what_it_reads()
     estimate = estimator.interaction(candidates, data).change()
     assert abs(estimate) > 1e-3
     np.testing.assert_allclose(estimate, estimator.joint_change(candidates, data), rtol=1e-4)
+
+
+def test_columns_of_several_heads_run_in_a_loop_each(monkeypatch):
+    inputs = keras.Input((3,))
+    x = layers.Dense(3, activation="tanh", name="stem")(inputs)
+    two = keras.Model(inputs, [layers.Dense(2, name="a")(x), layers.Dense(1, name="b")(x)])
+    model = tfgrow.convert(two)
+    model.compile(loss=["mse", "mse"])
+    rng = np.random.default_rng(0)
+    x, *y = (rng.standard_normal((6, size)).astype("float32") for size in (3, 2, 1))
+    candidates = tfgrow.candidates(model, "split")
+
+    def estimates():
+        estimator = tfgrow.GaussNewtonEstimator(model, curvature="exact")
+        return estimator.interaction(candidates, (x, y))
+
+    unrolled = estimates()
+    monkeypatch.setattr(capturing, "DEEP", 0)
+    looped = estimates()
+    np.testing.assert_allclose(looped.linear, unrolled.linear, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(looped.gram, unrolled.gram, rtol=1e-5, atol=1e-7)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from tfgrow.curvature import normal
 from tfgrow.curvature.normal import (
     DAMPINGS,
     GENEROUS,
@@ -192,3 +193,16 @@ def test_crossed_halves_choose_the_damping():
     np.testing.assert_array_equal(crossed, [max(DAMPINGS)] * UNITS)
     least = cross_damping(same, same, solve_sums, quadratic, generous=1.0)
     assert (least <= cross_damping(same, same, solve_sums, quadratic)).all()
+
+
+@pytest.mark.parametrize("damping", [0.3, DAMPINGS])
+def test_wide_consumers_are_solved_alike_with_and_without_eigenvalues(monkeypatch, damping):
+    sums = sums_of(kronecker_sums)
+    several = np.asarray(damping)[:, None] if np.ndim(damping) else damping
+    by_eigenvalues = solve_sums(sums, several)
+    monkeypatch.setattr(normal, "WIDE", 0)
+    monkeypatch.setattr(normal, "FEW_SYSTEMS", 1000)
+    monkeypatch.setattr(normal, "_solve_by_eigenvalues", None)
+    by_cholesky = solve_sums(sums, several)
+    assert by_cholesky.shape == by_eigenvalues.shape
+    np.testing.assert_allclose(by_cholesky, by_eigenvalues, rtol=1e-5, atol=1e-7)

@@ -128,6 +128,8 @@ def test_one_network_passes_every_check(examined):
     assert max(deviations.values()) < zoo.SAME
     assert zoo.verdict(examined) == "equal"
     assert examined["morphisms"]["add"]["ratio"] == pytest.approx(1.0, rel=0.1)
+    assert examined["together"][:2] == ["split", "add"]
+    assert "prune" not in examined["together"], "it can't be scaled"
     assert examined["params_after"] > 0
     assert examined["peak_gb"] > 0.1
     assert {"build", "convert", "theta 0", "learn", "apply", "export"} <= set(examined["seconds"])
@@ -143,6 +145,7 @@ def test_a_wrong_edit_is_seen(monkeypatch):
 
     monkeypatch.setattr(tfgrow, "export", fails)
     monkeypatch.setattr(specimen.Specimen, "_learn", fails)
+    monkeypatch.setattr(specimen.Specimen, "_score", lambda self: None)
     monkeypatch.setattr(specimen.Specimen, "_apply", lambda self: None)
     found = specimen.Specimen(tiny, QUICK).examine()
     assert found["morphisms"]["add"]["unchanged"] > zoo.SAME

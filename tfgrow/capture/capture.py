@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,13 @@ from tfgrow.capture.execute import Tap, execute, input_tap, linear_tap, tensor_t
 from tfgrow.graph.nodes import Graph
 from tfgrow.graph.sites import Leaf, Site
 from tfgrow.layers.stateless import changes_nothing
+
+DEEP = 100
+"""Of models of more layers, the backward passes of all columns run in a loop: it is traced once.
+
+Exact curvature of a ResNet50V2 of 10 classes is traced and run in 3.6 instead of 6.5 seconds. Small
+models are traced soon, and run a fifth faster without the loop.
+"""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -157,7 +165,7 @@ def capture(
         values = execute(graph, prepare_inputs(graph, x), watch)
         logits = [values[head.tap] for head in heads]
 
-    def back_propagate(cotangents):
+    def back_propagate(cotangents) -> list:
         gradients = tape.gradient(
             [logits[number] for number in cotangents],
             [values[tap] for tap in taps],
@@ -169,15 +177,34 @@ def capture(
         )
         for tap, gradient in zip(taps, gradients, strict=True):
             gradient.set_shape(values[tap].shape)  # some gradients forget it
-        return {tap: tf.stop_gradient(g) for tap, g in zip(taps, gradients, strict=True)}
+        return [tf.stop_gradient(gradient) for gradient in gradients]
 
-    passes = [back_propagate(gradient_of(logits))]
+    first = gradient_of(logits)
     if reuse_gradient is not None:
-        passes.append({tap: reuse_gradient(value) for tap, value in passes[0].items()})
+        gradients = back_propagate(first)
+        passes = [tf.stack([value, reuse_gradient(value)]) for value in gradients]
+    elif len(graph.nodes) > DEEP:
+        kinds = [tf.TensorSpec(values[tap].shape, values[tap].dtype) for tap in taps]
+        loops = [
+            tf.map_fn(back_propagate, cotangents, fn_output_signature=kinds)
+            for cotangents in _stacked([first, *columns_of(logits)])
+        ]
+        passes = [tf.concat(of_tap, axis=0) for of_tap in zip(*loops, strict=True)]
     else:
-        passes += [back_propagate(column) for column in columns_of(logits)]
+        each = [back_propagate(one) for one in (first, *columns_of(logits))]
+        passes = [tf.stack(of_tap) for of_tap in zip(*each, strict=True)]
     stopped = {tap: tf.stop_gradient(value) for tap, value in values.items()}
-    return Capture(stopped, {tap: tf.stack([one[tap] for one in passes]) for tap in taps})
+    return Capture(stopped, dict(zip(taps, passes, strict=True)))
+
+
+def _stacked(each: Sequence[Cotangents]) -> list[Cotangents]:
+    """Cotangents of the same heads that stand together, as stacks; in their order."""
+    runs = itertools.groupby(each, key=lambda cotangents: sorted(cotangents))
+    found: list[Cotangents] = []
+    for heads, run in runs:
+        members = list(run)
+        found.append({head: tf.stack([one[head] for one in members]) for head in heads})
+    return found
 
 
 def observe(graph: Graph, x) -> Capture:
