@@ -118,12 +118,11 @@ class Prepared:
     data: tuple
 
 
-def prepare(case: Case, seed: int = 1) -> Prepared:
+def prepare(case: Case, seed: int = 1, kinds: tuple[str, ...] = ("split", "add")) -> Prepared:
     """Candidates of every site with random theta and phi, and the statistics of one batch."""
     model = case.model()
     graph = trace(model)
     data = regression_data(model, 8)
-    kinds = ("split", "add", "add_group")
     candidates = tfgrow.candidates(model, kinds, new_units=2, seed=seed)
     captured = observe(graph, data[0])
     rng = np.random.default_rng(seed)

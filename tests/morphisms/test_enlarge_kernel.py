@@ -222,6 +222,15 @@ def test_with_widening_of_the_same_layer_and_its_neighbours():
     assert model.get_layer("bottleneck").padding == "same"
 
 
+def test_the_halves_of_a_split_unit_have_its_ring():
+    model = by_name("conv_bn_relu").model()
+    x = inputs_of(model, 3)
+    rings = ringed(model, sites=["conv1"])
+    splits = [get("split").scaled(c, 0.0) for c in tfgrow.candidates(model, "split")]
+    alone = outputs(applied(model, rings), x)
+    np.testing.assert_allclose(outputs(applied(model, [*rings, *splits]), x), alone, atol=1e-5)
+
+
 def test_cost_is_that_of_the_really_enlarged_model(model):
     candidates = ringed(model)
     before = model.count_params()

@@ -25,7 +25,7 @@ from tfgrow.passes import Passes, objective
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
 def net(request):
-    return prepare(request.param)
+    return prepare(request.param, kinds=("split", "add", "add_group"))
 
 
 def growable_sites(net):

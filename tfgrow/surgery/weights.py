@@ -236,6 +236,7 @@ class _LayerWork:
         self.sources: dict[str, list[AxisSource]] = {name: [] for name in self.values}
         self.moved: set[str] = set()  # variables that change without being resized
         self._larger: list[tuple[int, int]] = []  # taps before and behind the old kernel, by axis
+        self._ring: np.ndarray | None = None  # what lies there, in the kernel's layout
 
     def change(self) -> LayerChange:
         return LayerChange(
@@ -258,6 +259,7 @@ class _LayerWork:
         inner = zip(edit.offset, old.shape, strict=False)
         ring[tuple(slice(start, start + size) for start, size in inner)] = 0.0
         self.values["kernel"] = self._surrounded(old) + ring
+        self._ring = ring
         for axis, (before, behind) in enumerate(self._larger):
             source = np.pad(np.arange(old.shape[axis]), (before, behind), constant_values=NEWBORN)
             ones = np.ones(len(source))
@@ -278,9 +280,21 @@ class _LayerWork:
                 continue
             old = np.moveaxis(self.values[name], axis, 0)
             theirs = parameter_name(name, producer)
-            made = self._surrounded if name == "kernel" else np.asarray
-            new = [old[u] if isinstance(u, int) else made(u.fan_in[theirs]) for u in units]
+            new = [
+                old[unit] if isinstance(unit, int) else self._made(name, axis, unit, theirs)
+                for unit in units
+            ]
             self._put(name, axis, np.stack(new), source, _ones(units), _gradient_scales(units))
+
+    def _made(self, name: str, axis: int, unit: NewUnit, theirs: str) -> np.ndarray:
+        """The incoming weights of a new unit, with the ring of the one it descends from."""
+        weights = np.asarray(unit.fan_in[theirs])
+        if name != "kernel" or self._ring is None:
+            return weights
+        weights = self._surrounded(weights)
+        if unit.source == NEWBORN:
+            return weights
+        return weights + np.moveaxis(self._ring, axis, 0)[unit.source]
 
     def widen_channels(self, widening: _Widening, node: Node) -> None:
         view = channelwise_view(self.layer)
