@@ -130,6 +130,7 @@ def test_one_network_passes_every_check(examined):
     assert examined["morphisms"]["add"]["ratio"] == pytest.approx(1.0, rel=0.1)
     assert examined["together"][:2] == ["split", "add"]
     assert "prune" not in examined["together"], "it can't be scaled"
+    assert examined["all"]["ratio"] == pytest.approx(1.0, rel=0.2)
     assert examined["params_after"] > 0
     assert examined["peak_gb"] > 0.1
     assert {"build", "convert", "theta 0", "learn", "apply", "export"} <= set(examined["seconds"])
