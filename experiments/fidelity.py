@@ -31,6 +31,7 @@ from experiments._messages import in_words, quiet_logs
 from experiments.expanded import Arrays, true_changes
 from experiments.measures import agreement
 from experiments.progress import Progress
+from tfgrow.morphisms.registry import MORPHISMS
 
 CIFAR_WIDTHS = (8, 8, 16, 16, 32, 32)
 SMALL_WIDTHS = (4, 4, 8, 8, 16, 16)
@@ -354,7 +355,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_enum(
         "morphism",
         None,
-        ["split", "add", "prune"],
+        sorted(MORPHISMS),
         "Check every edit of this kind alone, instead of splits, adds and sets of both.",
         flag_values=values,
     )
