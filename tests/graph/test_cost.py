@@ -33,8 +33,9 @@ def profiled_flops(model):
 
 
 # The profiler does not know how much a 3-D convolution costs, and counts the padding that
-# TensorFlow adds to the inputs of dilated ones.
-UNPROFILED = ("conv3d", "dilated_no_bias", "conv1d_causal")
+# TensorFlow adds to the inputs of dilated ones. The products of queries, keys and values are an
+# einsum to it, which it does not count either, unless there is dropout between them.
+UNPROFILED = ("conv3d", "dilated_no_bias", "conv1d_causal", "grouped_cross_attention")
 
 
 @pytest.mark.parametrize(
@@ -49,6 +50,13 @@ def test_flops_of_a_3d_convolution():
     model = by_name("conv3d").model()
     conv1, conv2 = 3**3 * 2**3 * 1 * 3, (3 * 2 * 3) * 2**3 * 3 * 2
     assert model_flops(trace(model)) == 2 * (conv1 + conv2 + 2 * 2)
+
+
+def test_flops_of_the_products_in_attention():
+    model = by_name("grouped_cross_attention").model()
+    queries, keys, heads, size = 3, 5, 4, 3
+    products = 2 * heads * queries * keys * size
+    assert model_flops(trace(model)) == profiled_flops(model) + 2 * products
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -178,9 +178,9 @@ def test_growable_classes_are_registered_twins_of_stock_classes(growable):
     assert getattr(tfgrow.layers, growable.__name__) is growable
     name = f"tfgrow>{growable.__name__}"
     assert keras.saving.get_registered_object(name) is growable
-    arguments = {"Dense": (3,), "DepthwiseConv2D": (2,)}.get(
-        growable.__name__, (3, 2) if growable.__name__.startswith("Conv") else ()
-    )
+    own = {"Dense": (3,), "DepthwiseConv2D": (2,)}
+    own |= {"MultiHeadAttention": (3, 2), "GroupQueryAttention": (2, 4, 2)}
+    arguments = own.get(growable.__name__, (3, 2) if growable.__name__.startswith("Conv") else ())
     layer = stock(*arguments)
     assert growable_class(layer) is growable
     twin = growable.from_config(layer.get_config())

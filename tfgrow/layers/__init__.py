@@ -1,6 +1,7 @@
 """Growable Keras layers, and the interface a layer of your own subclasses to grow."""
 
 from tfgrow.layers.activations import register_elementwise
+from tfgrow.layers.attention import GroupQueryAttention, MultiHeadAttention
 from tfgrow.layers.batch_normalization import BatchNormalization
 from tfgrow.layers.conv import Conv1D, Conv2D, Conv3D
 from tfgrow.layers.dense import Dense
@@ -19,10 +20,12 @@ __all__ = [
     "Conv3D",
     "Dense",
     "DepthwiseConv2D",
+    "GroupQueryAttention",
     "Growable",
     "GrowableChannelwise",
     "Mixing",
     "Moments",
+    "MultiHeadAttention",
     "PReLU",
     "register_channelwise",
     "register_elementwise",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import keras
 
 from tfgrow.layers.activations import is_elementwise, unknown_activation
+from tfgrow.layers.attention import GroupQueryAttention, MultiHeadAttention
 from tfgrow.layers.batch_normalization import BatchNormalization
 from tfgrow.layers.conv import Conv1D, Conv2D, Conv3D
 from tfgrow.layers.dense import Dense
@@ -13,7 +14,17 @@ from tfgrow.layers.growable import Channelwise, Growable, Mixing
 from tfgrow.layers.prelu import PReLU
 from tfgrow.layers.stateless import Stateless, is_registered, stateless_blocked
 
-GROWABLE_CLASSES = (BatchNormalization, Conv1D, Conv2D, Conv3D, Dense, DepthwiseConv2D, PReLU)
+GROWABLE_CLASSES = (
+    BatchNormalization,
+    Conv1D,
+    Conv2D,
+    Conv3D,
+    Dense,
+    DepthwiseConv2D,
+    GroupQueryAttention,
+    MultiHeadAttention,
+    PReLU,
+)
 
 _BY_STOCK = {growable.stock_class: growable for growable in GROWABLE_CLASSES}
 
