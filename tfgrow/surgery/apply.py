@@ -9,11 +9,14 @@ import keras
 
 from tfgrow.graph import versions
 from tfgrow.surgery import transaction
+from tfgrow.surgery.heads import heads_changes
 from tfgrow.surgery.weights import layer_changes
-from tfgrow.types import KernelEdit, LayerChange, WidthEdit
+from tfgrow.types import HeadsEdit, KernelEdit, LayerChange, WidthEdit
 
 
-def apply_edits(model: keras.Model, edits: Sequence[WidthEdit | KernelEdit]) -> list[LayerChange]:
+def apply_edits(
+    model: keras.Model, edits: Sequence[WidthEdit | KernelEdit | HeadsEdit]
+) -> list[LayerChange]:
     """Edits the model object in place; optimizer slots follow channel by channel.
 
     Args:
@@ -26,7 +29,9 @@ def apply_edits(model: keras.Model, edits: Sequence[WidthEdit | KernelEdit]) -> 
     Raises:
       ValueError: if an edit doesn't fit; the model and its optimizer are then as before.
     """
-    changes = layer_changes(edits)
+    heads = [edit for edit in edits if isinstance(edit, HeadsEdit)]
+    others = [edit for edit in edits if not isinstance(edit, HeadsEdit)]
+    changes = [*layer_changes(others), *heads_changes(heads)]
     with growth_transaction(model):
         transaction.edit(model, changes)
         versions.advance(model)
