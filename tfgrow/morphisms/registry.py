@@ -14,12 +14,22 @@ from tfgrow.graph.versions import version_of
 from tfgrow.morphisms.add import Add
 from tfgrow.morphisms.base import Candidate, Group, Morphism
 from tfgrow.morphisms.enlarge_kernel import EnlargeKernel
+from tfgrow.morphisms.heads import AddHeads, Heads, PruneHeads
 from tfgrow.morphisms.prune import Prune
 from tfgrow.morphisms.split import Split
 from tfgrow.types import Cost
 
 MORPHISMS: dict[str, Morphism] = {
-    morphism.name: morphism for morphism in (Split(), Add(), Prune(), EnlargeKernel())
+    morphism.name: morphism
+    for morphism in (
+        Split(),
+        Add(),
+        Prune(),
+        EnlargeKernel(),
+        Heads(),
+        AddHeads(),
+        PruneHeads(),
+    )
 }
 
 
@@ -64,12 +74,13 @@ def candidates(
       model: a growable model.
       morphisms: kinds of edits, by name.
       sites: sites or their names, or one; all that can grow by default.
-      new_units: for `"add"`, single new units per site.
+      new_units: for `"add"` and `"add_heads"`, single new units or heads per site.
       seed: of the random initial directions.
 
     Returns:
       One candidate per unit of a site for `"split"` and `"prune"`, `new_units` per site for
-      `"add"`, one per convolution for `"enlarge_kernel"`.
+      `"add"`, one per convolution for `"enlarge_kernel"`; per head of an attention layer for
+      `"heads"` and `"prune_heads"`, `new_units` per such layer for `"add_heads"`.
 
     Raises:
       ValueError: for an unknown morphism or site, one that is blocked, or one of another model.
