@@ -269,6 +269,25 @@ def test_the_closed_form_of_a_new_head_minimises_the_quadratic(monkeypatch, dens
         assert (change(best) < change(scale * best)).all()
 
 
+def test_a_factored_curvature_is_as_large_as_the_whole(monkeypatch):
+    """The positions of a sample share the weights: their gradients add up, then are squared."""
+    model = grow(by_name("transformer_block").build)
+    net, kind = Net(model, module.SAMPLES), get("add_heads")
+    (group,), _ = group_candidates(model, random_candidates(model, "add_heads"))
+    captured = capture_of(net, kind.taps(group.site))
+    (perturbed,) = perturb_all(captured, [group], [group.theta], fresh=False)
+    whole = tf.linalg.trace(kind.equations(captured, group, perturbed)["q"])
+    monkeypatch.setattr(module, "DENSE_LIMIT", 0)
+    raw = kind.equations(captured, group, perturbed)
+    scaled = module._to_scale(raw)
+    sizes = [
+        tf.linalg.trace(sums["a/0"]) * tf.linalg.trace(sums["s/0"]) / sums["rows/0"]
+        for sums in (scaled, raw)
+    ]
+    np.testing.assert_allclose(sizes[0], whole, rtol=1e-4)
+    assert (sizes[1].numpy() < 0.8 * whole.numpy()).all()
+
+
 def test_estimates_are_the_truth_where_all_behind_is_linear():
     model = grow(linear_behind)
     data = Net(model, 64).data
