@@ -517,6 +517,20 @@ def test_other_weights_are_taken_over_as_the_models_own():
             np.testing.assert_allclose(found, variable.numpy(), atol=1e-5)
 
 
+def test_what_stands_in_is_split_too():
+    """A head goes and those that stand in for it are halved: at rest it is as if it only went."""
+    model = grow(by_name("grouped_cross_attention").build)
+    x = inputs_of(model, 4)
+    (gone,) = (c for c in random_candidates(model, "prune_heads") if c.unit == 0)
+    (halved,) = (c for c in random_candidates(model, "heads") if c.unit == 1)
+    alone = applied(model, [gone])
+    both = applied(model, [gone, get("heads").scaled(halved, 0.0)])
+    assert both.get_layer("attention").num_query_heads == 4
+    assert alone.get_layer("attention").num_query_heads == 2
+    assert np.abs(outputs(alone, x) - outputs(model, x)).max() > 1e-2
+    np.testing.assert_allclose(outputs(both, x), outputs(alone, x), atol=1e-5)
+
+
 def test_a_site_of_heads():
     model = grow(by_name("grouped_cross_attention").build)
     site = next(site for site in find_sites(model) if site.name == "attention")
