@@ -620,6 +620,31 @@ def spatial_gate_and_operations():
     return keras.Model(inputs, layers.Dense(2, name="out")(x))
 
 
+@case("feed", smooth=True)
+def transformer_block():
+    inputs = keras.Input((4, 3))
+    x = layers.Dense(5, name="embed")(inputs)
+    y = layers.LayerNormalization(name="norm1")(x)
+    y = layers.MultiHeadAttention(3, 2, value_dim=3, dropout=0.1, name="attention")(
+        y, y, use_causal_mask=True
+    )
+    x = layers.Add(name="add1")([x, y])
+    y = layers.LayerNormalization(name="norm2")(x)
+    y = layers.Dense(4, activation="gelu", name="feed")(y)
+    x = layers.Add(name="add2")([x, layers.Dense(5, name="back")(y)])
+    x = layers.GlobalAveragePooling1D(name="gap")(x)
+    return keras.Model(inputs, layers.Dense(2, name="out")(x))
+
+
+@case("hidden", smooth=True)
+def grouped_cross_attention():
+    inputs, memory = keras.Input((3, 4), name="queries"), keras.Input((5, 4), name="memory")
+    x = layers.GroupQueryAttention(3, 4, 2, name="attention")(inputs, memory)
+    x = layers.Dense(3, activation="tanh", name="hidden")(x)
+    x = layers.Flatten(name="flatten")(x)
+    return keras.Model([inputs, memory], layers.Dense(2, name="out")(x))
+
+
 @case("left", "merged", smooth=True)
 def branches_of_positions():
     inputs = keras.Input((4, 4, 2))

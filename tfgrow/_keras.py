@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import keras
+from keras.src import backend
 from keras.src.saving import serialization_lib
 
 
@@ -98,6 +99,18 @@ def takes_mask(operation: Any) -> bool:
 def compiled_loss_weights(model: keras.Model) -> Any:
     """The `loss_weights` that a model was compiled with, None for none."""
     return getattr(model._compile_loss, "_user_loss_weights", None)
+
+
+def mask_of(tensor: Any) -> Any:
+    """The mask that a layer has put on a tensor, or None."""
+    return backend.get_keras_mask(tensor)
+
+
+def copy_mask(source: Any, target: Any) -> None:
+    """Hands on the mask that a layer before has put on a tensor, unless there is one already."""
+    mask = backend.get_keras_mask(source)
+    if mask is not None and backend.get_keras_mask(target) is None:
+        backend.set_keras_mask(target, mask)
 
 
 def compile_arguments(model: keras.Model) -> dict[str, Any]:

@@ -228,7 +228,7 @@ def newborn_of(candidates: Sequence[Candidate]) -> dict[str, int]:
 
 def widths_of(model: keras.Model) -> dict[str, int]:
     """Units of every site that can grow, by name."""
-    return {site.name: site.units for site in find_sites(model) if site.blocked is None}
+    return {site.name: site.units for site in find_sites(model) if site.resizable}
 
 
 def widths_changed(before: Mapping[str, int], model: keras.Model) -> dict[str, tuple[int, int]]:

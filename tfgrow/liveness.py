@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from tfgrow.capture.batches import batches_of
 from tfgrow.capture.capture import observe
-from tfgrow.capture.execute import float32_compute, tensor_tap
+from tfgrow.capture.execute import attention_call, float32_compute, tensor_tap
 from tfgrow.graph.nodes import trace
 from tfgrow.graph.sites import sites_of
 
@@ -46,9 +46,21 @@ def _deviations(model, graph, sites, dataset) -> list[np.ndarray]:
         with float32_compute(model):
             values = observe(graph, x).values
         for total, site in zip(sums, sites, strict=True):
+            if site.heads_blocked is None:
+                total += _deviation(_parts_of_heads(site, values), kept=2).max(axis=1)
             for leaf in site.leaves:
-                value = values[tensor_tap(leaf.tensor)]
-                axes = list(range(len(value.shape) - 1))
-                deviation = tf.math.reduce_std(value, axes).numpy()
+                deviation = _deviation(values[tensor_tap(leaf.tensor)])
                 total += deviation[leaf.channels.index].max(axis=1)
     return sums
+
+
+def _deviation(value, kept: int = 1) -> np.ndarray:
+    """Standard deviation over all but the last axes."""
+    return tf.math.reduce_std(value, list(range(len(value.shape) - kept))).numpy()
+
+
+def _parts_of_heads(site, values):
+    """What each unit of an attention layer adds to its output, `[N, T, units, outputs]`."""
+    layer = site.producer
+    contexts = layer.contexts(attention_call(site.node, values), layer.unit_weights())
+    return tf.einsum("btnd,ndo->btno", contexts, layer.unit_projections())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 
 import keras
@@ -37,7 +38,7 @@ def widen_weights(
     The function they computed is unchanged: layers that are new change nothing in it.
     """
     by_variable = {
-        id(getattr(change.layer, name)): variable_change
+        id(operator.attrgetter(name)(change.layer)): variable_change
         for change in changes
         for name, variable_change in change.variables.items()
     }

@@ -67,6 +67,7 @@ class AxisSource:
       fold: float array `[old_size, old_size]` that weight-like quantities are multiplied by along
         the axis before they are inherited (removed units' weights go to those that stand in for
         them), or None.
+      fold_axes: how many axes, from `axis` on, `fold` goes along as one.
     """
 
     axis: int
@@ -75,13 +76,16 @@ class AxisSource:
     gradient_scale: np.ndarray
     newborn_zero: bool = False
     fold: np.ndarray | None = None
+    fold_axes: int = 1
 
     def folded(self, values: np.ndarray) -> np.ndarray:
         """Weight-like values of the old shape after `fold`."""
         if self.fold is None:
             return values
-        moved = np.tensordot(self.fold, values, axes=(1, self.axis))
-        return np.moveaxis(moved, 0, self.axis)
+        before, behind = values.shape[: self.axis], values.shape[self.axis + self.fold_axes :]
+        merged = values.reshape(*before, len(self.fold), *behind)
+        moved = np.tensordot(self.fold, merged, axes=(1, self.axis))
+        return np.moveaxis(moved, 0, self.axis).reshape(values.shape)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -101,12 +105,16 @@ class LayerChange:
       attributes: config attributes to set, e.g. `{"filters": 12}`.
       variables: changes by variable attribute, e.g. `{"kernel": ..., "moving_mean": ...}`.
         Variables that are not named keep their values (and shapes).
+      build_shapes: by sub-layer, the shapes it would be built on now, where those differ.
       inserted: of a layer that is new, its weights `at_rest` (see `NewLayer`); else None.
+
+    Attributes and variables of sub-layers are named by dotted paths: `"_query_dense.kernel"`.
     """
 
     layer: Any
     attributes: Mapping[str, Any]
     variables: Mapping[str, VariableChange]
+    build_shapes: Mapping[str, Mapping[str, tuple]] = dataclasses.field(default_factory=dict)
     inserted: tuple[np.ndarray, ...] | None = None
 
 
@@ -164,6 +172,61 @@ class WidthEdit:
     @property
     def new_width(self) -> int:
         """Units of the site after the edit."""
+        return self.site.units + len(self.appended) - len(self.removed)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class NewHeads:
+    """One unit of attention that an edit makes, or an old one that it changes.
+
+    Attributes:
+      source: the old unit it descends from, or `NEWBORN`.
+      weights: its incoming weights by name, `{"query": [heads, in, size], "query_bias": ...}`.
+      projection: the share of the source's part of the output projection that it takes over (a
+        float), or a newborn's own part `[depth, outputs]`.
+      gradient_scale: loss gradient with respect to the incoming weights, divided by the one with
+        respect to the source's.
+    """
+
+    source: int
+    weights: Mapping[str, np.ndarray]
+    projection: Any
+    gradient_scale: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RemovedHeads:
+    """What stands in for a unit of attention that is taken away.
+
+    Attributes:
+      shares: float array `[units * depth, depth]`: its context is taken as the contexts of the
+        layer's other units (its own rows count for nothing) times these, ...
+      offset: float array `[depth]`, ... plus this constant.
+    """
+
+    shares: np.ndarray
+    offset: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class HeadsEdit:
+    """A change of the number of heads of one attention layer.
+
+    Attributes:
+      site: the layer's site, whose units are groups of heads.
+      replaced: old units that change, by index.
+      appended: units added at the end.
+      removed: old units that go, by index.
+    """
+
+    site: Any
+    replaced: Mapping[int, NewHeads] = dataclasses.field(default_factory=dict)
+    appended: tuple[NewHeads, ...] = ()
+    removed: Mapping[int, RemovedHeads] = dataclasses.field(default_factory=dict)
+
+    @property
+    def new_width(self) -> int:
+        """Units of the layer after the edit."""
         return self.site.units + len(self.appended) - len(self.removed)
 
 

@@ -34,12 +34,14 @@ def profiled_flops(model):
 
 # The profiler does not know how much a 3-D convolution or an einsum costs, counts the padding that
 # TensorFlow adds to the inputs of dilated convolutions, and takes all of a transposed convolution's
-# outputs for inner ones.
+# outputs for inner ones. The products of queries, keys and values are an einsum to it, unless there
+# is dropout between them.
 UNPROFILED = (
     "conv3d",
     "conv1d_causal",
     "dilated_no_bias",
     "einsum_dense",
+    "grouped_cross_attention",
     "transposed_1d",
     "transposed_2d",
     "transposed_3d",
@@ -85,6 +87,13 @@ def test_flops_of_a_3d_convolution():
     model = by_name("conv3d").model()
     conv1, conv2 = 3**3 * 2**3 * 1 * 3, (3 * 2 * 3) * 2**3 * 3 * 2
     assert model_flops(trace(model)) == 2 * (conv1 + conv2 + 2 * 2)
+
+
+def test_flops_of_the_products_in_attention():
+    model = by_name("grouped_cross_attention").model()
+    queries, keys, heads, size = 3, 5, 4, 3
+    products = 2 * heads * queries * keys * size
+    assert model_flops(trace(model)) == profiled_flops(model) + 2 * products
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

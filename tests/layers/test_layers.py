@@ -198,6 +198,8 @@ def test_growable_classes_are_registered_twins_of_stock_classes(growable):
         "DepthwiseConv2D": (2,),
         "EinsumDense": ("ab,bc->ac", 3),
         "Embedding": (4, 3),
+        "GroupQueryAttention": (2, 4, 2),
+        "MultiHeadAttention": (3, 2),
     }.get(growable.__name__, (3, 2) if growable.__name__.startswith("Conv") else ())
     layer = stock(*arguments)
     assert growable_class(layer) is growable

@@ -2,7 +2,8 @@
 
 A *tap* names a tensor inside the model: `("tensor", id)` is an output of a node, `("linear",
 index)` the response of a mixing layer before its activation, `("input", index)` what a mixing layer
-reads, apart from whoever else reads the same tensor.
+reads, apart from whoever else reads the same tensor. The masks that come with what an attention
+layer reads are kept as `("query_mask", index)`, and so on; they can't be tapped.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tfgrow._keras import layers_within
-from tfgrow.graph.nodes import Graph, call_operation
+from tfgrow._keras import copy_mask, layers_within, mask_of
+from tfgrow.graph.heads import call_of
+from tfgrow.graph.nodes import Graph, Node, call_operation
+from tfgrow.layers.attention import Attention
 
 Tap = tuple[str, int]
 
@@ -50,6 +53,7 @@ def execute(
 
     def pass_through(tap, value):
         seen[tap] = value if intercept is None else intercept(tap, value)
+        copy_mask(value, seen[tap])
         return seen[tap]
 
     for tensor, value in zip(graph.inputs, inputs, strict=True):
@@ -62,11 +66,37 @@ def execute(
             response = layer.linear(inputs_of_layer, **weights_of(layer))
             response = pass_through(linear_tap(node.index), response)
             results = [layer.activate(response)]
+            if layer.supports_masking:  # attention looks for the mask on what it reads
+                copy_mask(args[0], results[0])
         else:
+            seen.update(_masks(node, args, kwargs))
             results = keras.tree.flatten(call_operation(node.operation, args, kwargs))
         for tensor, value in zip(node.outputs, results, strict=True):
             values[tensor] = pass_through(tensor_tap(tensor), value)
     return seen
+
+
+def _masks(node: Node, args, kwargs) -> dict[Tap, Any]:
+    """The masks of what an attention layer reads, which it takes off the tensors when called."""
+    if not isinstance(node.operation, Attention):
+        return {}
+    called = node.operation.called(args, kwargs)
+    masks = {f"{name}_mask": mask_of(called[name]) for name in ("query", "value", "key")}
+    return {(name, node.index): mask for name, mask in masks.items() if mask is not None}
+
+
+def attention_call(node: Node, seen: Mapping[Tap, Any]) -> dict[str, Any]:
+    """The arguments of an attention layer's call by name, masks that came with tensors among them.
+
+    Args:
+      node: the call.
+      seen: as from `execute`.
+    """
+    called = call_of(node, {tensor: seen[tensor_tap(tensor)] for tensor in node.inputs})
+    for name in ("query_mask", "value_mask", "key_mask"):
+        if called.get(name) is None:
+            called[name] = seen.get((name, node.index))
+    return called
 
 
 def weights_of(layer) -> Mapping[str, Any]:

@@ -16,6 +16,7 @@ import numpy as np
 from tfgrow._keras import takes_mask
 from tfgrow.graph.nodes import Graph, Node
 from tfgrow.layers import registry
+from tfgrow.layers.attention import Attention
 from tfgrow.layers.growable import Channelwise
 from tfgrow.layers.joins import Join, in_a_row, join_view
 from tfgrow.layers.unsupported import unsupported
@@ -292,6 +293,8 @@ def _flattens_unknown(graph: Graph, node: Node, view: Channelwise) -> bool:
 
 
 def _why_not_channelwise(layer) -> str:
+    if isinstance(layer, Attention):
+        return "an attention layer, which reads all channels of what it attends to: they can't grow"
     if known := unsupported(layer):
         return known
     if registry.growable_class(layer) is not None:

@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from tfgrow.graph.heads import call_of
 from tfgrow.graph.nodes import Graph
 from tfgrow.graph.sites import Site
+from tfgrow.layers.attention import Attention
 from tfgrow.layers.growable import Growable, Mixing
 from tfgrow.types import Cost
 
@@ -18,16 +20,20 @@ class CostModel:
     """Counts what a model costs when its sites have some units more.
 
     Parameters are all weights, trainable or not, as `model.count_params()` counts them. FLOPs are
-    those of the weights of mixing and depthwise layers per sample, a multiply-add counting as 2;
-    element-wise work is left out.
+    those of the weights of mixing and depthwise layers and of attention per sample, a multiply-add
+    counting as 2; element-wise work is left out.
     """
 
     def __init__(self, graph: Graph, sites: Sequence[Site]):
         self._layers: dict[int, list] = {}
         self._cache: dict[tuple, Cost] = {}
         fan_in, fan_out, channel = _extras(sites)
+        self._heads: dict[str, tuple[int, Cost, int]] = {}
         for node in graph.nodes:
             layer = node.operation
+            if isinstance(layer, Attention):
+                self._heads[layer.name] = _cost_of_heads(layer, call_of(node, graph.tensors))
+                continue
             if id(layer) not in self._layers and isinstance(layer, Growable):
                 extra = {
                     name: {
@@ -68,12 +74,23 @@ class CostModel:
             }
             params += sum(sizes.values())
             flops += sizes.get(layer.kernel_name, 0) * _flops_per_weight(layer, shape)
+        for name, (now, unit, rest) in self._heads.items():
+            heads = now + units.get(name, 0)
+            params += heads * unit.params + rest
+            flops += heads * unit.flops
         return Cost(params, flops)
 
 
 def model_flops(graph: Graph) -> int:
     """Inference FLOPs per sample of a model as it is."""
     return CostModel(graph, ()).base.flops
+
+
+def _cost_of_heads(layer: Attention, called) -> tuple[int, Cost, int]:
+    """An attention layer's units now, what each costs, and its parameters that are no unit's."""
+    unit, units = Cost(*layer.unit_cost(called)), layer.attention_units
+    every = sum(int(np.prod(v.shape)) for v in layer.growable_variables().values())
+    return units, unit, every - units * unit.params
 
 
 def _extras(sites: Sequence[Site]) -> tuple[dict, dict, dict]:

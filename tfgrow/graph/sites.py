@@ -16,9 +16,11 @@ import keras
 
 from tfgrow._keras import called_by_others, readers_of
 from tfgrow.graph.channels import Flow, called_too_often, join_of, tied_inputs
+from tfgrow.graph.heads import heads_blocked, no_channels
 from tfgrow.graph.nodes import Graph, Node, trace
 from tfgrow.graph.versions import version_of
 from tfgrow.layers import registry
+from tfgrow.layers.attention import Attention
 from tfgrow.layers.growable import Mixing
 from tfgrow.layers.joins import Join, in_a_row, join_view
 from tfgrow.layers.unsupported import unsupported
@@ -96,7 +98,8 @@ class Site:
       units: how many there are; 0 if tfgrow can't tell, and then the site is blocked.
       steps: the layers after them, in topological order.
       leaves: the path's ends.
-      blocked: None, or why the site can't be widened.
+      blocked: None, or why the site can't be widened. The site of an attention layer always says
+        so: its units are groups of heads, not channels.
       version: the model's version when the site was traced.
       graph: the graph it was found in.
     """
@@ -121,6 +124,20 @@ class Site:
     def consumers(self) -> tuple:
         """The layers that read the site's channels."""
         return tuple(node.operation for leaf in self.leaves for node in leaf.consumers)
+
+    @property
+    def resizable(self) -> bool:
+        """Whether some kind of edit can change the number of its units: channels, or heads."""
+        if not isinstance(self.producer, Attention):
+            return self.blocked is None
+        return self.heads_blocked is None
+
+    @property
+    def heads_blocked(self) -> str | None:
+        """Why its units are no heads that can grow; None if they are."""
+        if not isinstance(self.producer, Attention):
+            return f"layer '{self.name}' ({type(self.producer).__name__}) has no attention heads"
+        return heads_blocked(self.model(), self.graph, self.producer)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -169,6 +186,10 @@ def sites_of(model: keras.Model, graph: Graph) -> list[Site]:
         if id(layer) in seen or known:
             continue
         seen.add(id(layer))
+        if isinstance(layer, Attention):
+            reason = heads_blocked(model, graph, layer) or no_channels(layer)
+            sites.append(_blocked(model, graph, node, reason))
+            continue
         if not isinstance(layer, Mixing):
             if getattr(layer, "weights", None):
                 sites.append(_blocked(model, graph, node, _unknown_producer(layer)))
@@ -208,6 +229,8 @@ def _site(model, graph: Graph, flow: Flow, node: Node) -> Site:
 def _blocked(model, graph: Graph, node: Node, reason: str) -> Site:
     layer = node.operation
     units = layer.growth_units if isinstance(layer, Mixing) else _units_attribute(layer)
+    if isinstance(layer, Attention):
+        units = layer.attention_units
     return Site(
         name=layer.name,
         producer=layer,

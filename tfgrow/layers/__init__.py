@@ -1,6 +1,7 @@
 """Growable Keras layers, and the interface a layer of your own subclasses to grow."""
 
 from tfgrow.layers.activations import register_elementwise
+from tfgrow.layers.attention import GroupQueryAttention, MultiHeadAttention
 from tfgrow.layers.batch_normalization import BatchNormalization
 from tfgrow.layers.conv import Conv1D, Conv2D, Conv3D
 from tfgrow.layers.conv_transpose import Conv1DTranspose, Conv2DTranspose, Conv3DTranspose
@@ -31,10 +32,12 @@ __all__ = [
     "EinsumDense",
     "Embedding",
     "GroupNormalization",
+    "GroupQueryAttention",
     "Growable",
     "GrowableChannelwise",
     "Mixing",
     "Moments",
+    "MultiHeadAttention",
     "PReLU",
     "register_blocked",
     "register_channelwise",

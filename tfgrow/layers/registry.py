@@ -5,6 +5,7 @@ from __future__ import annotations
 import keras
 
 from tfgrow.layers.activations import is_elementwise, unknown_activation
+from tfgrow.layers.attention import GroupQueryAttention, MultiHeadAttention
 from tfgrow.layers.batch_normalization import BatchNormalization
 from tfgrow.layers.conv import Conv1D, Conv2D, Conv3D
 from tfgrow.layers.conv_transpose import Conv1DTranspose, Conv2DTranspose, Conv3DTranspose
@@ -31,6 +32,8 @@ GROWABLE_CLASSES = (
     EinsumDense,
     Embedding,
     GroupNormalization,
+    GroupQueryAttention,
+    MultiHeadAttention,
     PReLU,
 )
 

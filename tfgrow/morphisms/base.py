@@ -21,7 +21,7 @@ from tfgrow.capture.execute import Tap
 from tfgrow.capture.path import Path, take
 from tfgrow.graph.sites import Leaf, Site, parameter_name
 from tfgrow.morphisms.weights import as_layer_weights
-from tfgrow.types import Cost, Demand, KernelEdit, WidthEdit
+from tfgrow.types import Cost, Demand, HeadsEdit, KernelEdit, WidthEdit
 
 Theta = Mapping[str, Any]
 
@@ -295,7 +295,12 @@ class Morphism:
         """The damping `[n]` for `solve`, from the summed equations of two halves of the data."""
         raise NotImplementedError
 
-    def edit(self, candidate: Candidate) -> WidthEdit | KernelEdit:
+    def reliance(self, candidate: Candidate, units: Sequence[int]) -> np.ndarray:
+        """How much each of some units stands in for the one a candidate takes away, `[units]`."""
+        del candidate
+        return np.zeros(len(units))
+
+    def edit(self, candidate: Candidate) -> WidthEdit | KernelEdit | HeadsEdit:
         """The change to the model that the candidate stands for."""
         raise NotImplementedError
 

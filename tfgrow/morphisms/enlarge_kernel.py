@@ -201,6 +201,8 @@ class EnlargeKernel(Morphism):
 
 def _reason(site, number: int) -> str | None:
     node = site.producers[number]
+    if not node.mixing:
+        return site.blocked
     often = called_too_often(site.graph, node.operation)
     if often:
         return often

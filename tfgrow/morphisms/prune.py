@@ -110,6 +110,9 @@ class Prune(AtInputs):
     def scaled(self, candidate, alpha):
         return candidate if alpha == 1.0 else None
 
+    def reliance(self, candidate, units):
+        return np.abs(candidate.theta["share"][np.asarray(units)])
+
 
 def _by_unit(capture, leaf):
     """What all of the site's units hand to a leaf's consumers: `[N, ..., units, blocks]`."""

@@ -18,6 +18,7 @@ from tfgrow.morphisms.add_group import AddGroup
 from tfgrow.morphisms.base import Candidate, Group, Morphism
 from tfgrow.morphisms.deepen import Deepen
 from tfgrow.morphisms.enlarge_kernel import EnlargeKernel
+from tfgrow.morphisms.heads import AddHeads, Heads, PruneHeads
 from tfgrow.morphisms.prune import Prune
 from tfgrow.morphisms.skip import Skip
 from tfgrow.morphisms.split import Split
@@ -33,6 +34,9 @@ MORPHISMS: dict[str, Morphism] = {
         EnlargeKernel(),
         Deepen(),
         Skip(),
+        Heads(),
+        AddHeads(),
+        PruneHeads(),
     )
 }
 
@@ -78,12 +82,13 @@ def candidates(
       model: a growable model.
       morphisms: kinds of edits, by name.
       sites: sites or their names, or one; all that can grow by default.
-      new_units: for `"add"`, single new units per site.
+      new_units: for `"add"` and `"add_heads"`, single new units or heads per site.
       seed: of the random initial directions.
 
     Returns:
       One candidate per unit of a site for `"split"` and `"prune"`, `new_units` per site for
-      `"add"`, one per convolution for `"enlarge_kernel"`.
+      `"add"`, one per convolution for `"enlarge_kernel"`; per head of an attention layer for
+      `"heads"` and `"prune_heads"`, `new_units` per such layer for `"add_heads"`.
 
     Raises:
       ValueError: for an unknown morphism or site, one that is blocked, or one of another model.

@@ -39,7 +39,8 @@ class GaussNewtonOracle(GrowthOracle):
     Args:
       objective: name of the metric that ranks the trials.
       morphisms: kinds of edits to consider. With `"prune"` among them the network reshapes itself
-        within its budget, and growing ends at `max_trials` only.
+        within its budget, and growing ends at `max_trials` only. `"heads"`, `"add_heads"` and
+        `"prune_heads"` are those of attention, whose units are heads.
       curvature: see `GaussNewtonEstimator`. For the time one batch of exact columns takes, three
         batches of sampled ones are learned or scored on, which is worth more.
       new_units: single new units tried per site and step.
@@ -256,7 +257,9 @@ def _conflicts(candidates: Sequence[Candidate]) -> np.ndarray | None:
             by_site.setdefault(candidate.site.name, []).append(row)
     for rows in by_site.values():
         units = [candidates[row].unit for row in rows]
-        shares = np.abs([candidates[row].theta["share"][units] for row in rows])
+        shares = np.array(
+            [get(candidates[row].morphism).reliance(candidates[row], units) for row in rows]
+        )
         conflicts[np.ix_(rows, rows)] = (shares > STANDS_IN) | (shares.T > STANDS_IN)
     return conflicts if conflicts.any() else None
 

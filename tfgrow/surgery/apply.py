@@ -8,12 +8,13 @@ import keras
 
 from tfgrow.graph import versions
 from tfgrow.surgery import transaction
+from tfgrow.surgery.heads import heads_changes
 from tfgrow.surgery.insert import add_branch, free_name
 from tfgrow.surgery.transaction import growth_transaction
 from tfgrow.surgery.weights import layer_changes
-from tfgrow.types import BranchEdit, KernelEdit, LayerChange, WidthEdit
+from tfgrow.types import BranchEdit, HeadsEdit, KernelEdit, LayerChange, WidthEdit
 
-Edit = WidthEdit | KernelEdit | BranchEdit
+Edit = WidthEdit | KernelEdit | BranchEdit | HeadsEdit
 
 
 def apply_edits(model: keras.Model, edits: Sequence[Edit]) -> list[LayerChange]:
@@ -29,8 +30,10 @@ def apply_edits(model: keras.Model, edits: Sequence[Edit]) -> list[LayerChange]:
     Raises:
       ValueError: if an edit doesn't fit; the model and its optimizer are then as before.
     """
-    changes = layer_changes([edit for edit in edits if not isinstance(edit, BranchEdit)])
+    heads = [edit for edit in edits if isinstance(edit, HeadsEdit)]
     branches = [edit for edit in edits if isinstance(edit, BranchEdit)]
+    others = [edit for edit in edits if not isinstance(edit, (HeadsEdit, BranchEdit))]
+    changes = [*layer_changes(others), *heads_changes(heads)]
     with growth_transaction(model):
         if changes:
             transaction.edit(model, changes)

@@ -14,6 +14,7 @@ import contextlib
 import copy
 import dataclasses
 import inspect
+import operator
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -109,7 +110,7 @@ def apply_changes(model: keras.Model, changes: Sequence[LayerChange]) -> tuple[R
     for change in changes:
         _set_attributes(change)
         for name, variable_change in change.variables.items():
-            variable = getattr(change.layer, name)
+            variable = operator.attrgetter(name)(change.layer)
             old = variable.numpy()
             set_value(model, variable, variable_change.value)
             replaced.append(Replacement(variable, old, variable_change))
@@ -406,13 +407,13 @@ def _check_layer_change(change: LayerChange) -> None:
             "the model first, then enable LoRA or quantize it."
         )
     for name in change.attributes:
-        if not hasattr(layer, name):
+        if not _has(layer, name):
             raise ValueError(
                 f"Layer '{layer.name}' ({type(layer).__name__}) has no attribute '{name}' to set."
             )
     own = {id(variable): variable for variable in layer.weights}
     for name, variable_change in change.variables.items():
-        variable = getattr(layer, name, None)
+        variable = operator.attrgetter(name)(layer) if _has(layer, name) else None
         if id(variable) not in own:
             raise ValueError(
                 f"Layer '{layer.name}' ({type(layer).__name__}) has no variable '{name}'. It has "
@@ -459,13 +460,25 @@ def _set_attributes(change: LayerChange) -> None:
     layer = change.layer
     values = {name: _plain(value) for name, value in change.attributes.items()}
     for name, value in values.items():
-        setattr(layer, name, value)
+        *owner, attribute = name.rsplit(".", 1)
+        setattr(operator.attrgetter(*owner)(layer) if owner else layer, attribute, value)
+    for name, shapes in change.build_shapes.items():
+        operator.attrgetter(name)(layer)._build_shapes_dict = dict(shapes)
     # A layer without `get_config` is serialized by the arguments it was created with.
     config = getattr(layer, "_auto_config", None)
     if config is not None and config.config.keys() & values.keys():
         layer._auto_config = type(config)(
             **{name: values.get(name, value) for name, value in config.config.items()}
         )
+
+
+def _has(layer: keras.Layer, path: str) -> bool:
+    """Whether there is an attribute by that dotted path."""
+    try:
+        operator.attrgetter(path)(layer)
+    except AttributeError:
+        return False
+    return True
 
 
 def _plain(value: Any) -> Any:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from tfgrow.types import (
     NEWBORN,
     AxisSource,
     ChannelMap,
+    HeadsEdit,
     KernelEdit,
     LayerChange,
     NewUnit,
@@ -34,31 +35,19 @@ from tfgrow.types import (
 MOST_DEPENDENT = 100.0
 """Condition number above which units that stand in for each other can't all be removed."""
 
+Sized = TypeVar("Sized", WidthEdit, HeadsEdit)
 
-def merge_edits(edits: Sequence[WidthEdit]) -> list[WidthEdit]:
-    """One edit per site.
+
+def merge_edits(edits: Sequence[Sized]) -> list[Sized]:
+    """One edit per site, of units or of heads.
 
     Raises:
       ValueError: if two edits change the same unit.
     """
-    merged: dict[str, WidthEdit] = {}
+    merged: dict[str, Sized] = {}
     for edit in edits:
-        known = merged.get(edit.site.name)
-        if known is None:
-            merged[edit.site.name] = edit
-            continue
-        twice = sorted(_edited(known) & _edited(edit))
-        if twice:
-            raise ValueError(
-                f"Unit {twice[0]} of site '{edit.site.name}' is edited twice at once; choose one "
-                "of its candidates."
-            )
-        merged[edit.site.name] = WidthEdit(
-            edit.site,
-            {**known.replaced, **edit.replaced},
-            (*known.appended, *edit.appended),
-            {**known.removed, **edit.removed},
-        )
+        name = edit.site.name
+        merged[name] = _merged(merged[name], edit) if name in merged else edit
     for edit in merged.values():
         if len(edit.removed) >= edit.site.units:
             raise ValueError(
@@ -68,7 +57,22 @@ def merge_edits(edits: Sequence[WidthEdit]) -> list[WidthEdit]:
     return list(merged.values())
 
 
-def _edited(edit: WidthEdit) -> set[int]:
+def _merged(known: Any, edit: Any) -> Any:
+    twice = sorted(_edited(known) & _edited(edit))
+    if twice:
+        raise ValueError(
+            f"Unit {twice[0]} of site '{edit.site.name}' is edited twice at once; choose one "
+            "of its candidates."
+        )
+    return dataclasses.replace(
+        known,
+        replaced={**known.replaced, **edit.replaced},
+        appended=(*known.appended, *edit.appended),
+        removed={**known.removed, **edit.removed},
+    )
+
+
+def _edited(edit: WidthEdit | HeadsEdit) -> set[int]:
     return set(edit.replaced) | set(edit.removed)
 
 
@@ -128,7 +132,7 @@ class _Widening:
             {node.index: edit.new_width for edit in edits.values() for node in edit.site.producers},
             tied_as=self._before,
         )
-        self._parents = {owner: _source(_units(edit)) for owner, edit in edits.items()}
+        self._parents = {owner: source_of(units_of(edit)) for owner, edit in edits.items()}
 
     def axis(self, tensor: int, onto: Callable | None = None) -> _Axis:
         """How the last axis of a tensor changes.
@@ -179,7 +183,7 @@ def _work(work: dict, layer) -> _LayerWork:
     return work.setdefault(id(layer), _LayerWork(layer))
 
 
-def _units(edit: WidthEdit) -> list[NewUnit | int]:
+def units_of(edit: Any) -> list:
     """Per new unit: what it is, or the index of the old unit that stays as it is."""
     kept = [unit for unit in range(edit.site.units) if unit not in edit.removed]
     return [*(edit.replaced.get(unit, unit) for unit in kept), *edit.appended]
@@ -230,7 +234,7 @@ class _LayerWork:
         self.layer = layer
         self.attributes: dict[str, Any] = {}
         self.values = {
-            name: _precise(np.asarray(variable))
+            name: precise(np.asarray(variable))
             for name, variable in getattr(layer, "growable_variables", dict)().items()
         }
         self.sources: dict[str, list[AxisSource]] = {name: [] for name in self.values}
@@ -272,8 +276,8 @@ class _LayerWork:
         return np.pad(kernel, [*self._larger, *[(0, 0)] * (kernel.ndim - len(self._larger))])
 
     def widen_outputs(self, edit: WidthEdit, producer: int) -> None:
-        units = _units(edit)
-        source = _source(units)
+        units = units_of(edit)
+        source = source_of(units)
         for name in self.values:
             axis = self.layer.variable_axes[name].fan_out
             if axis is None:
@@ -314,7 +318,7 @@ class _LayerWork:
             if owner not in resized.descent.places:
                 continue
             number = [step.node.index for step in edit.site.steps].index(node.index)
-            for row, unit in enumerate(_units(edit)):
+            for row, unit in enumerate(units_of(edit)):
                 if isinstance(unit, NewUnit):
                     where = resized.descent.places[owner].index[row]
                     new[where] = np.moveaxis(unit.path[number][name], axis, 0)
@@ -338,7 +342,7 @@ class _LayerWork:
             if owner not in resized.descent.places:
                 continue
             consumer = widening.consumer_of(edit, node)
-            for row, unit in enumerate(_units(edit)):
+            for row, unit in enumerate(units_of(edit)):
                 where = resized.descent.places[owner].index[row]
                 if isinstance(unit, NewUnit) and unit.source == NEWBORN:
                     newborn.append((where, unit.fan_out[consumer]))
@@ -405,12 +409,13 @@ class _LayerWork:
         )
 
 
-def _precise(values: np.ndarray) -> np.ndarray:
+def precise(values: np.ndarray) -> np.ndarray:
     """The values in float32, or as they are if they are more precise."""
     return values.astype(np.promote_types(values.dtype, np.float32))
 
 
-def _source(units) -> np.ndarray:
+def source_of(units) -> np.ndarray:
+    """Per new unit, the old one it descends from, or `NEWBORN`."""
     return np.array([unit if isinstance(unit, int) else unit.source for unit in units])
 
 
@@ -429,7 +434,7 @@ def inherited(change: VariableChange, old: np.ndarray) -> np.ndarray:
     theta, and newborn units have no say. Only where units were removed is it another one; the
     same units stand in for them, in the same shares, as in the model.
     """
-    value = _precise(np.asarray(old))
+    value = precise(np.asarray(old))
     for source in change.sources:
         known = source.source != NEWBORN
         shape = [-1 if axis == source.axis else 1 for axis in range(value.ndim)]
