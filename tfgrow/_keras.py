@@ -108,9 +108,13 @@ def mask_of(tensor: Any) -> Any:
 
 def copy_mask(source: Any, target: Any) -> None:
     """Hands on the mask that a layer before has put on a tensor, unless there is one already."""
-    mask = backend.get_keras_mask(source)
-    if mask is not None and backend.get_keras_mask(target) is None:
-        backend.set_keras_mask(target, mask)
+    put_mask(target, backend.get_keras_mask(source))
+
+
+def put_mask(tensor: Any, mask: Any) -> None:
+    """Puts a mask on a tensor, unless there is none or the tensor has one already."""
+    if mask is not None and backend.get_keras_mask(tensor) is None:
+        backend.set_keras_mask(tensor, mask)
 
 
 def compile_arguments(model: keras.Model) -> dict[str, Any]:

@@ -52,8 +52,8 @@ def test_attention_blocks_as_reader_and_as_maker_of_channels():
     x = layers.Dense(4, activation="relu", name="inside")(x)
     model = tfgrow.convert(keras.Model(inputs, layers.Dense(2, name="out")(x)))
     sites = {site.name: site.blocked for site in tfgrow.find_sites(model)}
-    assert "'attention' (MultiHeadAttention), which projects all channels" in sites["a"]
-    assert "'attention' (MultiHeadAttention), which projects" in sites["attention"]
+    assert "'attention' (MultiHeadAttention), an attention layer, which reads all" in sites["a"]
+    assert "heads" in sites["attention"]
     assert sites["inside"] is None
 
 

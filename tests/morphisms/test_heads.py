@@ -205,7 +205,7 @@ def test_the_gradient_written_out_is_that_of_automatic_differentiation(model):
     for group in group_candidates(model, random_candidates(model, ("heads", "add_heads")))[0]:
         kind = group.morphism
         captured = capture_of(net, kind.taps(group.site))
-        learned = {k: tf.constant(v) for k, v in group.theta.items() if kind.is_learned(k)}
+        learned = {k: tf.constant(v) for k, v in group.theta.items() if k in group.learned}
         with tf.GradientTape(persistent=True) as tape:
             tape.watch(learned)
             theta = {**group.theta, **learned}

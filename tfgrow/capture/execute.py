@@ -15,7 +15,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tfgrow._keras import copy_mask, layers_within, mask_of
+from tfgrow._keras import copy_mask, layers_within, mask_of, put_mask
 from tfgrow.graph.heads import call_of
 from tfgrow.graph.nodes import Graph, Node, call_operation
 from tfgrow.layers.attention import Attention
@@ -67,7 +67,7 @@ def execute(
             response = pass_through(linear_tap(node.index), response)
             results = [layer.activate(response)]
             if layer.supports_masking:  # attention looks for the mask on what it reads
-                copy_mask(args[0], results[0])
+                put_mask(results[0], layer.compute_mask(args[0], mask_of(args[0])))
         else:
             seen.update(_masks(node, args, kwargs))
             results = keras.tree.flatten(call_operation(node.operation, args, kwargs))
