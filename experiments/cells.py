@@ -1,4 +1,7 @@
-"""Cells: each done once, in a process of its own, kept in a file; those of `experiments.pays`."""
+"""Cells: each done once, in a process of its own, kept in a file; those of `experiments.pays`.
+
+What a cell of any experiment starts and ends with is `begin` and `finish`.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ class Cell:
     """One training: what it is, and everything that decides its outcome.
 
     Attributes:
-      arm: one of `ARMS`.
+      arm: what is trained, a name of the experiment's.
       seed: of the network, the split of the data and everything else random.
       settings: the flags.
     """
@@ -86,16 +89,32 @@ def run_cell(cell: Cell, grown: Mapping[str, Any] | None) -> dict[str, Any]:
       cell: which.
       grown: the result of the seed's `grown` cell; None for that cell itself.
     """
+    data = begin(cell)
+    trained, epochs = _grow(cell, data) if grown is None else _from_scratch(cell, data, grown)
+    return finish(cell, trained, epochs)
+
+
+def begin(cell: Cell) -> Any:
+    """Fixes threads and seeds of this process, which should be fresh, and loads the cell's data."""
     import tensorflow as tf
 
-    threads = cell.settings["threads"]
-    tf.config.threading.set_intra_op_parallelism_threads(threads)
+    tf.config.threading.set_intra_op_parallelism_threads(cell.settings["threads"])
     tf.config.threading.set_inter_op_parallelism_threads(1)
-    from experiments import datasets, reports, training
+    from experiments import datasets, training
 
     training.make_repeatable(cell.seed)
-    data = datasets.load(cell.settings["dataset"], cell.settings["data_dir"], seed=cell.seed)
-    trained, epochs = _grow(cell, data) if grown is None else _from_scratch(cell, data, grown)
+    return datasets.load(
+        cell.settings["dataset"],
+        cell.settings["data_dir"],
+        seed=cell.seed,
+        max_train=cell.settings.get("max_train"),
+    )
+
+
+def finish(cell: Cell, trained: Any, epochs: int) -> dict[str, Any]:
+    """Writes the cell's file, and returns what is in it."""
+    from experiments import reports, training
+
     result = {
         "arm": cell.arm,
         "seed": cell.seed,

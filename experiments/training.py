@@ -40,6 +40,8 @@ class Recipe:
       optimizer: a name of `OPTIMIZERS`.
       decay: `"cosine"` (the learning rate falls to 0 over the epochs) or `"constant"`.
       seed: of everything random.
+      restart: with `"cosine"`, the epoch after which the learning rate, fallen to 0, starts again;
+        None is falling only once.
     """
 
     epochs: int
@@ -48,6 +50,7 @@ class Recipe:
     optimizer: str = "adam"
     decay: str = "cosine"
     seed: int = 0
+    restart: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,12 +63,14 @@ class Growing:
       every: see `schedule`.
       settle: share of the epochs, at the end, in which the network only trains.
       oracle: arguments of the oracle: budget, morphisms, choice of sites...
+      first: with `"every"`, the first epoch after which it may grow; `every` by default.
     """
 
     schedule: str
     every: int
     settle: float
     oracle: Mapping[str, Any]
+    first: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -228,14 +233,19 @@ class EpochLines(keras.callbacks.Callback):
 def _optimizer(recipe: Recipe, steps_per_epoch: int) -> keras.optimizers.Optimizer:
     rate: Any = recipe.learning_rate
     if recipe.decay == "cosine":
-        steps = max(1, recipe.epochs * steps_per_epoch)
-        rate = keras.optimizers.schedules.CosineDecay(rate, steps)
+        decays = keras.optimizers.schedules
+        steps = max(1, (recipe.restart or recipe.epochs) * steps_per_epoch)
+        if recipe.restart:
+            longer = (recipe.epochs - recipe.restart) / recipe.restart
+            rate = decays.CosineDecayRestarts(rate, steps, t_mul=longer)
+        else:
+            rate = decays.CosineDecay(rate, steps)
     return OPTIMIZERS[recipe.optimizer](rate)
 
 
 def _schedule(growing: Growing, epochs: int) -> Until:
     kinds = {
-        "every": lambda: tfgrow.schedules.EveryNEpochs(growing.every),
+        "every": lambda: tfgrow.schedules.EveryNEpochs(growing.every, growing.first),
         "plateau": lambda: tfgrow.schedules.OnPlateau("val_loss", patience=growing.every),
     }
     last = math.floor((1 - growing.settle) * epochs + 1e-9)

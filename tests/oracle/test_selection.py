@@ -490,6 +490,32 @@ def test_removals_that_lower_the_loss_go_by_themselves():
     assert set(found.indices) == {0, 1}
 
 
+def test_a_removal_for_its_own_sake_does_not_hide_what_only_a_new_unit_brings():
+    """Both gain the same thing; the removal, taken first, would hide the new unit."""
+    gram = np.zeros((3, 3))
+    gram[0, 1] = gram[1, 0] = 1.5
+    case = exchange_case([-0.5, 0.01], gram)
+    assert case.interaction.change((0, 1)) > case.interaction.change((1,))
+    found = case.select(params=0)
+    assert found.indices == (0, 2)
+    assert found.estimated_change == pytest.approx(-0.99)
+
+
+def test_an_exchange_is_worth_more_than_a_small_gain_that_fits():
+    """One more unit at `a` doesn't fit, one at `c` does, for a hundredth of the gain."""
+    groups = [Group("a"), Group("b", 0, units=-1), Group("c")]
+    costs = (60, -60, 50)
+    for small, first in ((-0.01, [0, 1]), (-0.9, [2])):
+        found = select(
+            Interaction(np.array([-1.0, 0.1, small]), np.zeros((3, 3))),
+            groups=groups,
+            widths={"a": 4, "b": 4, "c": 4},
+            cost_of=lambda chosen: Cost(params=sum(costs[i] for i in chosen)),
+            limits=Limits(params=55),
+        )
+        assert list(found.indices[: len(first)]) == first
+
+
 def test_a_site_keeps_its_last_unit():
     case = exchange_case([-0.1, -0.1], widths={"a": 4, "b": 2})
     assert len([i for i in case.select(params=10_000).indices if i]) == 1

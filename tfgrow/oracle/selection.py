@@ -116,11 +116,12 @@ def select(
     """Picks candidates greedily by marginal gain per marginal cost.
 
     Each step takes the candidate (with `round_to`: the bundle of candidates that brings one site
-    to its next multiple) with the largest gain per unit of cost among those that fit the limits
-    and lower the joint estimate noticeably (see `NEGLIGIBLE`). Candidates that cost nothing go
-    first. Where nothing fits the budget any more, a candidate may still be picked together with
-    removals that make room for it, if all of them together lower the estimate. Equal inputs give
-    equal selections.
+    to its next multiple) with the largest gain per unit of cost among those that lower the joint
+    estimate noticeably (see `NEGLIGIBLE`). One that doesn't fit the limits is picked together with
+    the removals that make room for it, and its gain is that of all of them. Removals for their own
+    sake come last: what they gain is mostly what any edit would (the network is off its optimum
+    while it trains), and what only new units could bring would be lost to sight behind it. Equal
+    inputs give equal selections.
 
     Args:
       interaction: the joint quadratic over the `n` candidates.
@@ -214,18 +215,20 @@ class _Search:
             return f"no {'further ' if self.chosen else ''}candidate lowers the estimate"
         fits = self._fits(options)
         affordable = lowering & np.logical_and.reduce(list(fits.values()))
-        if not affordable.any():
-            exchange = self._exchange(options, lowering) if self.removes.any() else None
-            if exchange is None:
-                return self._why_nothing_fits({name: ok[lowering] for name, ok in fits.items()})
-            self._take(exchange)
+        removing = np.array([bool(self.removes[bundle[0]]) for bundle in options.members])
+        bundle, ratio = self._best(options, affordable & ~removing)
+        exchange = self._exchange(options, lowering & ~affordable & ~removing, ratio)
+        bundle, ratio = exchange or (bundle, ratio)
+        too_little = bundle is not None and ratio < self.limits.min_gain_per_param
+        if bundle is None or too_little:
+            bundle, _ = self._best(options, affordable & removing)
+        if bundle is not None:
+            self._take(bundle)
             return None
-        best, ratio = self._best(options, affordable)
-        if ratio < self.limits.min_gain_per_param:
+        if too_little:
             unit = "parameter" if self.limits.unit == "params" else "FLOP"
             return f"marginal gain per {unit} fell under {self.limits.min_gain_per_param:g}"
-        self._take(options.members[best])
-        return None
+        return self._why_nothing_fits({name: ok[lowering] for name, ok in fits.items()})
 
     def _options(self) -> _Options:
         if self.bundled:
@@ -306,26 +309,48 @@ class _Search:
             fits[name] = (extra <= 0) | (used + extra <= (math.inf if limit is None else limit))
         return fits
 
-    def _best(self, options: _Options, affordable: np.ndarray) -> tuple[int, float]:
-        gain = -options.change
+    def _ratios(self, options: _Options) -> np.ndarray:
+        """Gain per unit of cost; infinite for what costs nothing."""
         cost = getattr(options, self.limits.unit)
-        ratio = np.divide(gain, cost, out=np.full(len(gain), np.inf), where=cost > 0)
-        first = np.array([self.priority[bundle[0]] for bundle in options.members])
-        order = np.lexsort((first, -gain, -np.where(affordable, ratio, -np.inf)))
-        return int(order[0]), float(ratio[order[0]])
+        infinite = np.full(len(cost), np.inf)
+        return np.divide(-options.change, cost, out=infinite, where=cost > 0)
 
-    def _exchange(self, options: _Options, lowering: np.ndarray) -> tuple[int, ...] | None:
+    def _best(self, options: _Options, among: np.ndarray) -> tuple[tuple[int, ...] | None, float]:
+        """The option with the largest gain per cost, then gain; None if there is none."""
+        if not among.any():
+            return None, -math.inf
+        ratio = np.where(among, self._ratios(options), -np.inf)
+        first = np.array([self.priority[bundle[0]] for bundle in options.members])
+        best = int(np.lexsort((first, options.change, -ratio))[0])
+        return options.members[best], float(ratio[best])
+
+    def _exchange(
+        self, options: _Options, wanted: np.ndarray, least: float
+    ) -> tuple[tuple[int, ...], float] | None:
         """The best of what doesn't fit, together with the removals that make room for it.
 
-        None if no such bundle lowers the estimate.
+        What all of them gain together counts per cost of what is wanted, for that is the room it
+        takes.
+
+        Args:
+          options: what could be picked.
+          wanted: which of them are worth a try, `[m]`.
+          least: gain per cost that has to be exceeded.
+
+        Returns:
+          The bundle and its gain per cost; None if nothing does better than `least`.
         """
-        best: tuple[int, ...] | None = None
-        least = -float(self.negligible)
-        wanted = np.flatnonzero(lowering)
-        for row in wanted[np.argsort(options.change[wanted], kind="stable")][:EXCHANGES]:
-            found = self._make_room(options.members[row], float(options.change[row]), least)
-            if found is not None:
-                best, least = found
+        if not self.removes.any():
+            return None
+        best = None
+        cost = np.maximum(getattr(options, self.limits.unit), 1)
+        rows = np.flatnonzero(wanted)
+        for row in rows[np.argsort(options.change[rows] / cost[rows], kind="stable")][:EXCHANGES]:
+            change = float(options.change[row])
+            found = self._make_room(options.members[row], change, -float(self.negligible))
+            if found is not None and -found[1] / cost[row] > least:
+                least = float(-found[1] / cost[row])
+                best = found[0], least
         return best
 
     def _make_room(
