@@ -113,6 +113,9 @@ class Growable(_Base):
 class Mixing(Growable):
     """A layer that makes new channels out of all the channels it reads.
 
+    One of your own has `variable_axes`, `linear`, `unfold`, and its width as an attribute that its
+    config names; `docs/examples.md` shows a graph convolution.
+
     Attributes:
       units_attribute: name of the config attribute that holds the number of output channels.
     """
