@@ -14,7 +14,7 @@ from tfgrow.graph.nodes import Node
 from tfgrow.growth import size_of, widths_of
 from tfgrow.layers import registry
 from tfgrow.layers.activations import is_elementwise
-from tfgrow.layers.conv import Conv1D, Conv2D, Conv3D
+from tfgrow.layers.conv import CONVOLUTIONS
 from tfgrow.layers.dense import Dense
 from tfgrow.layers.growable import Channelwise, live_config
 from tfgrow.surgery.insert import Place, add_branch, free_name, insert_after
@@ -153,7 +153,6 @@ def _is_channelwise(layer: Any) -> bool:
 
 
 _CONVOLUTIONS = (layers.Conv1D, layers.Conv2D, layers.Conv3D)
-_BY_RANK = {3: Conv1D, 4: Conv2D, 5: Conv3D}
 
 # Activations.
 
@@ -267,7 +266,7 @@ def _mixing(place: Place, name: str, **arguments) -> Any:
         return Dense(channels, **arguments)
     causal = rank == 3 and nearest.padding == "causal"
     padding = "causal" if causal else "same"
-    return _BY_RANK[rank](channels, KERNEL_SIZE, padding=padding, **arguments)
+    return CONVOLUTIONS[rank](channels, KERNEL_SIZE, padding=padding, **arguments)
 
 
 def _passing_on(layer: Any) -> np.ndarray:

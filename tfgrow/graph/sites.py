@@ -78,12 +78,14 @@ class Leaf:
       consumers: the nodes that read it, all mixing layers.
       passed_on: whether the site's path goes on behind it too: then the gradient at the tensor is
         not that of what the consumers read alone.
+      first: whether it is the first of the sites whose channels lie on the tensor.
     """
 
     tensor: int
     channels: ChannelMap
     consumers: tuple[Node, ...]
     passed_on: bool = False
+    first: bool = True
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -324,8 +326,9 @@ def _path(graph: Graph, flow: Flow, root: int) -> tuple[tuple[Step, ...], tuple[
             steps.append(_step(graph, flow, root, node, mine))
     passed_on = {tensor for step in steps for tensor in step.sources}
     leaves = tuple(
-        Leaf(tensor, flow.at(tensor)[root], tuple(nodes), tensor in passed_on)
+        Leaf(tensor, owners[root], tuple(nodes), tensor in passed_on, root == min(owners))
         for tensor, nodes in consumers.items()
+        for owners in [flow.at(tensor)]
     )
     return tuple(steps), leaves
 

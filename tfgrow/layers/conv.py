@@ -147,3 +147,7 @@ class Conv3D(_Conv, keras.layers.Conv3D):
     """`keras.layers.Conv3D` whose filters can grow. Same arguments, weights and outputs."""
 
     stock_class = keras.layers.Conv3D
+
+
+CONVOLUTIONS = {3: Conv1D, 4: Conv2D, 5: Conv3D}
+"""By the number of axes of what they read."""

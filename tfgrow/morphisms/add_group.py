@@ -38,8 +38,7 @@ class AddGroup(Add):
         ]
 
     def perturb(self, capture, group, theta, responses, fresh):
-        flat = {name: single_units(self, value) for name, value in theta.items()}
-        found = super().perturb(capture, group, flat, responses, fresh)
+        found = super().perturb(capture, group, self._by_unit(theta), responses, fresh)
         moments = {
             name: tf.reshape(value, (-1, self.together, *value.shape[1:]))
             for name, value in found.moments.items()
@@ -47,12 +46,10 @@ class AddGroup(Add):
         return Perturbed(found.values, moments)
 
     def covectors(self, capture, group, theta, perturbed):
-        flat = {name: single_units(self, value) for name, value in theta.items()}
-        return super().covectors(capture, group, flat, perturbed)
+        return super().covectors(capture, group, self._by_unit(theta), perturbed)
 
     def tangents(self, group, theta, perturbed):
-        flat = {name: single_units(self, value) for name, value in theta.items()}
-        return super().tangents(group, flat, perturbed)
+        return super().tangents(group, self._by_unit(theta), perturbed)
 
     def scalars(self, group, covectors, perturbed):
         by_unit = super().scalars(group, covectors, perturbed)
@@ -69,6 +66,9 @@ class AddGroup(Add):
             state = {name: value[number] for name, value in candidate.state.items()}
             units += super().edit(candidate.replace(theta=theta, state=state)).appended
         return WidthEdit(candidate.site, {}, tuple(units))
+
+    def _by_unit(self, theta):
+        return {name: single_units(self, value) for name, value in theta.items()}
 
 
 def _stacked(singles, what: str) -> dict[str, np.ndarray]:

@@ -26,7 +26,6 @@ from tfgrow.curvature.normal import (
     solve_sums,
     zero_sums,
 )
-from tfgrow.graph.channels import Flow
 from tfgrow.graph.nodes import Graph, Node
 from tfgrow.morphisms.base import Morphism, Perturbed
 
@@ -148,21 +147,24 @@ def _dense(group) -> bool:
     return int(np.prod(group.theta["last"].shape)) <= DENSE_LIMIT
 
 
+def flops_at(place: Branching, weights: int) -> int:
+    """FLOPs per sample of so many weights that are used at every position of a place."""
+    positions = [size for size in place.shape[1:-1] if size is not None]
+    return 2 * weights * int(np.prod(positions, dtype=np.int64))
+
+
 def ends_of(site) -> list[tuple[Node, int]]:
     """The nodes at whose outputs a site's path ends, with these outputs; each end at one site only.
 
     They are channels, positions apart, of floating point numbers.
     """
     graph, found = site.graph, []
-    flow = Flow(graph)
     for leaf in site.leaves:
         node = maker_of(graph, leaf.tensor)
-        first = min(flow.at(leaf.tensor), default=-1)
-        mine = site.producers and flow.root(site.producers[0].index) == first
         flattened = len(graph.tensors[leaf.tensor].shape) < len(
             graph.tensors[site.producers[0].outputs[0]].shape
         )
-        if node is not None and mine and not (flattened and leaf.channels.blocks > 1):
+        if node is not None and leaf.first and not (flattened and leaf.channels.blocks > 1):
             found.append((node, leaf.tensor))
     return found
 

@@ -16,10 +16,10 @@ import tensorflow as tf
 from keras import ops
 
 from tfgrow.capture.execute import tensor_tap
-from tfgrow.layers.conv import Conv1D, Conv2D, Conv3D
+from tfgrow.layers.conv import CONVOLUTIONS
 from tfgrow.layers.dense import Dense
 from tfgrow.morphisms.base import Candidate
-from tfgrow.morphisms.branch import Branch, Branching, ends_of, is_convolved
+from tfgrow.morphisms.branch import Branch, Branching, ends_of, flops_at, is_convolved
 from tfgrow.types import BranchEdit, Cost, Demand, NewLayer
 
 UNITS = 4
@@ -27,8 +27,6 @@ UNITS = 4
 
 KERNEL_SIZE = 3
 """Of the first layer, where it is a convolution."""
-
-_CONVOLUTIONS = {3: Conv1D, 4: Conv2D, 5: Conv3D}
 
 
 class Deepen(Branch):
@@ -63,9 +61,8 @@ class Deepen(Branch):
     def demand(self, candidate):
         place = self.branchings(candidate.site)[candidate.unit]
         kernels = [candidate.theta[name].size for name in ("kernel", "last")]
-        positions = [size for size in place.shape[1:-1] if size is not None]
         weights = kernels[0] + kernels[1] - place.channels  # a row of `last` is its bias
-        cost = Cost(sum(kernels) + UNITS, 2 * weights * int(np.prod(positions, dtype=np.int64)))
+        cost = Cost(sum(kernels) + UNITS, flops_at(place, weights))
         return Demand(more=cost, fixed=(place.changed,))
 
     def scale(self, site, units):
@@ -88,7 +85,7 @@ class Deepen(Branch):
         last: dict[str, Any] = {"name": f"{name}_last"}
         kind: type = Dense
         if size:
-            kind = _CONVOLUTIONS[len(place.shape)]
+            kind = CONVOLUTIONS[len(place.shape)]
             first |= {"kernel_size": size, "padding": "same", "filters": UNITS}
             last |= {"kernel_size": 1, "filters": place.channels}
             kernel = kernel.reshape(*[1] * len(size), *kernel.shape)

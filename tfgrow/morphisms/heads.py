@@ -38,6 +38,7 @@ from tfgrow.curvature.normal import (
     zero_sums,
 )
 from tfgrow.morphisms.base import Candidate, Morphism, Perturbed
+from tfgrow.morphisms.weights import root_mean_squares, typical
 from tfgrow.types import NEWBORN, Cost, HeadsEdit, NewHeads, RemovedHeads
 
 START = 0.5
@@ -54,8 +55,6 @@ UNSEEN = "key_bias"
 
 CANCELLED = "value_bias"
 """Of the halves of a unit without gate: each adds the opposite of what the other does."""
-
-INCOMING = ("query", "query_bias", "key", "value", "value_bias", "gate", "gate_bias")
 
 
 class OfHeads(Morphism):
@@ -105,7 +104,6 @@ class Heads(OfHeads):
     """Splits one unit into two. See the module's docstring."""
 
     name = "heads"
-    learned = INCOMING
 
     def candidates(self, site, *, new_units, seed):
         del new_units
@@ -160,7 +158,6 @@ class AddHeads(OfHeads):
     """Adds one unit. See the module's docstring."""
 
     name = "add_heads"
-    learned = INCOMING
     solved = ("phi",)
     edits_unit = False
 
@@ -172,14 +169,14 @@ class AddHeads(OfHeads):
             for name, value in _incoming(site).items():
                 theta[name] = np.zeros(value.shape[1:])
                 if not name.endswith("_bias"):
-                    theta[name] = _typical(scales[name]) * rng.standard_normal(value.shape[1:])
+                    theta[name] = typical(scales[name]) * rng.standard_normal(value.shape[1:])
             theta = {name: value.astype("float32") for name, value in theta.items()}
             found.append(Candidate(site, self.name, number, theta, {}, Cost()))
         return found
 
     def scale(self, site, units):
         return {
-            name: np.full(len(units), _typical(value), "float32")
+            name: np.full(len(units), typical(value), "float32")
             for name, value in _scales(site).items()
         }
 
@@ -232,7 +229,6 @@ class PruneHeads(OfHeads):
     """Takes one unit away. See the module's docstring."""
 
     name = "prune_heads"
-    learned = ()
     solved = ("share", "offset")
     units = -1
 
@@ -350,14 +346,8 @@ def _scales(site) -> dict[str, np.ndarray]:
     weights, scales = _live_weights(site), {}
     for name in _incoming(site):
         kernel = weights[name.removesuffix("_bias")]
-        rms = np.sqrt(np.mean(kernel.reshape(len(kernel), -1) ** 2, axis=1))
-        typical = rms[rms > 0].mean() if (rms > 0).any() else 1.0 / np.sqrt(kernel[0].size)
-        scales[name] = np.where(rms > 0, rms, typical).astype("float32")
+        scales[name] = root_mean_squares(kernel)
     return scales
-
-
-def _typical(scales: np.ndarray) -> float:
-    return float(np.sqrt(np.mean(scales**2)))
 
 
 def _column(scales: np.ndarray, like: np.ndarray) -> np.ndarray:

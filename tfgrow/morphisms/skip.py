@@ -13,16 +13,14 @@ import numpy as np
 
 from tfgrow.capture.execute import tensor_tap
 from tfgrow.graph.nodes import Graph, Node
-from tfgrow.layers.conv import Conv1D, Conv2D, Conv3D
+from tfgrow.layers.conv import CONVOLUTIONS
 from tfgrow.layers.dense import Dense
 from tfgrow.morphisms.base import Candidate
-from tfgrow.morphisms.branch import Branch, Branching, ends_of, is_convolved, maker_of
+from tfgrow.morphisms.branch import Branch, Branching, ends_of, flops_at, is_convolved, maker_of
 from tfgrow.types import BranchEdit, Cost, Demand, NewLayer
 
 SOURCES = 2
 """How many earlier tensors are tried per place, the nearest ones."""
-
-_CONVOLUTIONS = {3: Conv1D, 4: Conv2D, 5: Conv3D}
 
 
 class Skip(Branch):
@@ -58,8 +56,7 @@ class Skip(Branch):
     def demand(self, candidate):
         place = self.branchings(candidate.site)[candidate.unit]
         weights = candidate.theta["last"].size
-        positions = [size for size in place.shape[1:-1] if size is not None]
-        cost = Cost(weights, 2 * weights * int(np.prod(positions, dtype=np.int64)))
+        cost = Cost(weights, flops_at(place, weights))
         return Demand(more=cost, fixed=(place.read, place.changed))
 
     def scale(self, site, units):
@@ -76,7 +73,7 @@ class Skip(Branch):
         config = {"use_bias": False, "name": f"skip_{place.source.name}_{place.target.name}"}
         kind: type = Dense
         if is_convolved(candidate.site) and len(place.shape) > 2:
-            kind = _CONVOLUTIONS[len(place.shape)]
+            kind = CONVOLUTIONS[len(place.shape)]
             config |= {"filters": kernel.shape[1], "kernel_size": 1}
             kernel = kernel.reshape(*[1] * (len(place.shape) - 2), *kernel.shape)
         else:

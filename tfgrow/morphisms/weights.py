@@ -61,12 +61,21 @@ def out_axis(layer: Mixing, name: str) -> int:
 
 def unit_scale(layer: Mixing) -> np.ndarray:
     """Root mean square `[units]` of each unit's kernel; the layer's own where a unit's is zero."""
-    kernel = fan_in_weights(layer)[layer.kernel_name]
+    return root_mean_squares(fan_in_weights(layer)[layer.kernel_name])
+
+
+def root_mean_squares(kernel: np.ndarray) -> np.ndarray:
+    """Of each unit's weights `[units, ...]`; where they are zero, what is usual for the others."""
     rms = np.sqrt(np.mean(kernel.reshape(len(kernel), -1) ** 2, axis=1))
-    typical = rms[rms > 0].mean() if (rms > 0).any() else 1.0 / np.sqrt(kernel[0].size)
-    return np.where(rms > 0, rms, typical).astype("float32")
+    usual = rms[rms > 0].mean() if (rms > 0).any() else 1.0 / np.sqrt(kernel[0].size)
+    return np.where(rms > 0, rms, usual).astype("float32")
 
 
 def typical_scale(layer: Mixing) -> float:
     """Root mean square of all units' kernels, those that are zero left out."""
-    return float(np.sqrt(np.mean(unit_scale(layer) ** 2)))
+    return typical(unit_scale(layer))
+
+
+def typical(scales: np.ndarray) -> float:
+    """The scale of a new unit beside units of some scales."""
+    return float(np.sqrt(np.mean(scales**2)))
