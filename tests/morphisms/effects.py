@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from tfgrow.capture.batches import batches_of
 from tfgrow.capture.capture import (
     capture,
     consumer_taps,
@@ -12,11 +13,13 @@ from tfgrow.capture.capture import (
 )
 from tfgrow.capture.execute import execute, input_tap, weights_of
 from tfgrow.curvature.loss_head import make_loss_head
+from tfgrow.curvature.total_loss import make_total_loss
 from tfgrow.graph.convert import copy_model
 from tfgrow.graph.nodes import trace
 from tfgrow.graph.sites import find_sites, parameter_name
 from tfgrow.morphisms.base import perturb_all
 from tfgrow.morphisms.registry import get, group_candidates
+from tfgrow.passes import Passes
 from tfgrow.surgery.apply import apply_edits
 from tfgrow.surgery.weights import merge_edits
 from tfgrow.types import NEWBORN
@@ -142,3 +145,18 @@ def capture_of(net, taps):
 def scalars(captured, group, perturbed):
     covectors = group.morphism.covectors(captured, group, group.theta, perturbed)
     return group.morphism.scalars(group, covectors, perturbed)
+
+
+def assert_reverse_mode_is_forward_mode(net):
+    """Scalars against all columns, and all tangents pushed to the logits at once, agree."""
+    loss = make_total_loss(net.graph, "mse", curvature="exact")
+    passes = Passes(net.graph, loss, draws=1)
+    batch = loss.arranged(*batches_of(net.data))
+    groups, _ = group_candidates(net.model, net.candidates)
+    thetas = [group.theta for group in groups]
+    _, linear, gram, _ = passes.scalars(batch, None, groups, thetas)
+    joint, _ = passes.joint(batch, groups, thetas)
+    linear, gram = np.asarray(linear, "float64"), np.asarray(gram, "float64")
+    size = abs(linear.sum()) + 0.5 * abs(gram.sum())
+    assert size > 1e-4
+    assert abs(linear.sum() + 0.5 * gram.sum() - float(joint)) <= 1e-4 * size

@@ -8,16 +8,19 @@ from keras import layers
 
 import tfgrow
 from tests.cases import by_name, inputs_of, regression_data
-from tests.morphisms.effects import applied, capture_of, outputs
-from tfgrow.capture.batches import batches_of
+from tests.morphisms.effects import (
+    applied,
+    assert_reverse_mode_is_forward_mode,
+    capture_of,
+    outputs,
+)
 from tfgrow.capture.capture import observe
 from tfgrow.curvature.normal import quadratic
-from tfgrow.curvature.total_loss import make_total_loss
 from tfgrow.graph.nodes import trace
 from tfgrow.graph.sites import find_sites
 from tfgrow.morphisms.base import perturb_all
 from tfgrow.morphisms.registry import get, group_candidates
-from tfgrow.passes import Passes, objective
+from tfgrow.passes import objective
 
 KINDS = ("deepen", "skip")
 PAIRS = [
@@ -112,16 +115,7 @@ def test_scalars_are_tangents_contracted_with_gradient_and_columns(net):
 
 
 def test_reverse_mode_is_forward_mode(net):
-    loss = make_total_loss(net.graph, "mse", curvature="exact")
-    passes = Passes(net.graph, loss, draws=1)
-    batch = loss.arranged(*batches_of(net.data))
-    groups, _ = group_candidates(net.model, net.candidates)
-    thetas = [group.theta for group in groups]
-    _, linear, gram, _ = passes.scalars(batch, None, groups, thetas)
-    joint, _ = passes.joint(batch, groups, thetas)
-    linear, gram = np.asarray(linear, "float64"), np.asarray(gram, "float64")
-    size = abs(linear.sum()) + 0.5 * abs(gram.sum())
-    assert abs(linear.sum() + 0.5 * gram.sum() - float(joint)) <= 1e-4 * size
+    assert_reverse_mode_is_forward_mode(net)
 
 
 def test_the_gradient_written_out_is_that_of_automatic_differentiation(net):

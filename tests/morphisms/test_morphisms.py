@@ -8,6 +8,7 @@ import tfgrow
 from tests.cases import CASES, by_name, inputs_of, prepare, regression_data
 from tests.morphisms.effects import (
     applied,
+    assert_reverse_mode_is_forward_mode,
     capture_of,
     outputs,
     predicted,
@@ -15,12 +16,10 @@ from tests.morphisms.effects import (
     responses_after,
     scalars,
 )
-from tfgrow.capture.batches import batches_of
 from tfgrow.curvature.normal import quadratic
-from tfgrow.curvature.total_loss import make_total_loss
 from tfgrow.morphisms.base import perturb_all
 from tfgrow.morphisms.registry import get, group_candidates
-from tfgrow.passes import Passes, objective
+from tfgrow.passes import objective
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
@@ -55,18 +54,7 @@ def test_function_is_preserved_without_theta_or_phi(net):
 
 
 def test_reverse_mode_is_forward_mode(net):
-    """Scalars against all columns, and all tangents pushed to the logits at once, agree."""
-    loss = make_total_loss(net.graph, "mse", curvature="exact")
-    passes = Passes(net.graph, loss, draws=1)
-    batch = loss.arranged(*batches_of(net.data))
-    groups, _ = group_candidates(net.model, net.candidates)
-    thetas = [group.theta for group in groups]
-    _, linear, gram, _ = passes.scalars(batch, None, groups, thetas)
-    joint, _ = passes.joint(batch, groups, thetas)
-    linear, gram = np.asarray(linear, "float64"), np.asarray(gram, "float64")
-    size = abs(linear.sum()) + 0.5 * abs(gram.sum())
-    assert size > 1e-4
-    assert abs(linear.sum() + 0.5 * gram.sum() - float(joint)) <= 1e-4 * size
+    assert_reverse_mode_is_forward_mode(net)
 
 
 def test_scalars_are_tangents_contracted_with_gradient_and_columns(net):
