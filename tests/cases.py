@@ -14,6 +14,7 @@ import numpy as np
 from keras import layers, ops
 
 import tfgrow
+from tfgrow import _keras
 from tfgrow.capture.capture import observe
 from tfgrow.graph.nodes import Graph, trace
 from tfgrow.morphisms.base import perturb_all
@@ -242,6 +243,17 @@ def prelu():
     x = layers.GlobalAveragePooling2D(name="gap")(x)
     x = layers.Dense(3, name="dense1")(x)
     x = layers.PReLU(shared_axes=(1,), name="prelu3")(x)
+    return keras.Model(inputs, layers.Dense(2, name="out")(x))
+
+
+@case("conv1", "dense1")
+def layer_scale():
+    inputs = keras.Input((4, 4, 2))
+    x = layers.Conv2D(3, 3, padding="same", activation="relu", name="conv1")(inputs)
+    x = _keras.LayerScale(0.5, 3, name="scale1")(x)
+    x = layers.GlobalAveragePooling2D(name="gap")(x)
+    x = layers.Dense(3, activation="tanh", name="dense1")(x)
+    x = _keras.LayerScale(0.7, 3, name="scale2")(x)
     return keras.Model(inputs, layers.Dense(2, name="out")(x))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import keras
 from keras.src import backend
+from keras.src.applications.convnext import LayerScale as LayerScale
 from keras.src.saving import serialization_lib
 
 

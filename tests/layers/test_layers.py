@@ -8,6 +8,7 @@ from keras import layers, ops
 
 import tfgrow
 from tests.cases import CASES, inputs_of
+from tfgrow import _keras
 from tfgrow.layers import Axes, Mixing, Moments
 from tfgrow.layers.registry import (
     GROWABLE_CLASSES,
@@ -188,7 +189,7 @@ def test_prelu_shared_over_channels_has_nothing_to_widen():
 def test_growable_classes_are_registered_twins_of_stock_classes(growable):
     stock = growable.stock_class
     assert issubclass(growable, stock)
-    assert stock is getattr(layers, growable.__name__)
+    assert stock is getattr(layers, growable.__name__, _keras.LayerScale)
     assert getattr(tfgrow.layers, growable.__name__) is growable
     name = f"tfgrow>{growable.__name__}"
     assert keras.saving.get_registered_object(name) is growable
@@ -199,6 +200,7 @@ def test_growable_classes_are_registered_twins_of_stock_classes(growable):
         "EinsumDense": ("ab,bc->ac", 3),
         "Embedding": (4, 3),
         "GroupQueryAttention": (2, 4, 2),
+        "LayerScale": (0.5, 3),
         "MultiHeadAttention": (3, 2),
     }.get(growable.__name__, (3, 2) if growable.__name__.startswith("Conv") else ())
     layer = stock(*arguments)

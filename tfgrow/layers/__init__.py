@@ -12,6 +12,7 @@ from tfgrow.layers.embedding import Embedding
 from tfgrow.layers.group_normalization import GroupNormalization
 from tfgrow.layers.growable import Axes, Channelwise, Growable, GrowableChannelwise, Mixing, Moments
 from tfgrow.layers.joins import register_join
+from tfgrow.layers.layer_scale import LayerScale
 from tfgrow.layers.prelu import PReLU
 from tfgrow.layers.stateless import register_channelwise
 from tfgrow.layers.unsupported import register_blocked
@@ -35,6 +36,7 @@ __all__ = [
     "GroupQueryAttention",
     "Growable",
     "GrowableChannelwise",
+    "LayerScale",
     "Mixing",
     "Moments",
     "MultiHeadAttention",

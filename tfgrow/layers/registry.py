@@ -15,6 +15,7 @@ from tfgrow.layers.einsum_dense import EinsumDense
 from tfgrow.layers.embedding import Embedding
 from tfgrow.layers.group_normalization import GroupNormalization
 from tfgrow.layers.growable import Channelwise, Growable, Mixing
+from tfgrow.layers.layer_scale import LayerScale
 from tfgrow.layers.prelu import PReLU
 from tfgrow.layers.stateless import stateless_blocked, stateless_view
 
@@ -33,6 +34,7 @@ GROWABLE_CLASSES = (
     Embedding,
     GroupNormalization,
     GroupQueryAttention,
+    LayerScale,
     MultiHeadAttention,
     PReLU,
 )
