@@ -232,6 +232,7 @@ class Growth(keras.callbacks.Callback):
             tolerance,
             alphas,
             estimate_of=lambda scaled: self.oracle.estimate(model, scaled, data.score),
+            fits=lambda scaled: self.oracle.fits(model, scaled),
         )
         return outcome, {"commit": time.perf_counter() - clock}
 

@@ -1,5 +1,6 @@
 """Every morphism at every site of the table: what it says it changes is what it really changes."""
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -242,3 +243,21 @@ def test_a_group_of_units_does_more_together_than_its_units_alone():
     assert event.widths == {"conv2": (4, 8)}
     assert event.newborn == {"conv2": 4}
     assert event.params_after - event.params_before == group[0].cost.params
+
+
+def test_groups_are_no_longer_than_they_should_be_before_a_global_pooling():
+    """What units do at one position adds up with what they do at all the others."""
+    keras.utils.set_random_seed(3)
+    image = keras.Input((8, 8, 3))
+    x = keras.layers.Conv2D(4, 3, padding="same", activation="relu", name="conv1")(image)
+    x = keras.layers.Conv2D(40, 3, padding="same", activation="relu", name="conv2")(x)
+    x = keras.layers.GlobalAveragePooling2D()(x)
+    model = tfgrow.convert(keras.Model(image, keras.layers.Dense(3)(x)))
+    model.compile("adam", "mse")
+    data = regression_data(model, 256)
+    estimator = tfgrow.GaussNewtonEstimator(model, curvature="exact")
+    (group,) = estimator.learn(
+        tfgrow.candidates(model, "add_group", sites=["conv1"]), data, steps=0, settle=8
+    )
+    assert group.theta["phi/0"].size == 4 * 9 * 40
+    assert estimator.score([group], data)[0] < 0

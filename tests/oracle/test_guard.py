@@ -158,3 +158,39 @@ def test_the_scale_scales_the_real_change(morphism):
     assert abs(changes[-1]) < 1e-6  # at 0 the function is preserved
     assert abs(changes[0]) > 10 * abs(changes[2])
     assert abs(changes[1]) > abs(changes[2]) > abs(changes[3])
+
+
+@pytest.mark.parametrize("limited", [False, True])
+def test_removals_stay_where_they_make_room(trained, limited):
+    """At a smaller scale they are left out, but not if the rest alone is more than the budget."""
+    (larger, *_) = candidates_of(trained, "add")
+    removal = next(
+        c for c in tfgrow.candidates(trained, "prune") if c.site.name != larger.site.name
+    )
+    before = trained.count_params()
+    budget = before + larger.cost.params // (2 if limited else 1)
+    oracle = tfgrow.GaussNewtonOracle(max_params=budget, morphisms=("add", "prune"))
+    assert oracle.fits(trained, [larger, removal])
+    outcome = commit(
+        trained,
+        [larger, removal],
+        Losses(1.0, 1.1, 0.9),
+        fits=lambda scaled: oracle.fits(trained, scaled),
+    )
+    assert outcome.alpha == 0.5
+    kinds = [candidate.morphism for candidate in outcome.candidates]
+    assert kinds == (["add", "prune"] if limited else ["add"])
+    assert trained.count_params() <= budget
+    oracle.check_budget(trained)
+
+
+@pytest.mark.parametrize("name", ["max_params", "max_flops"])
+def test_whether_a_set_fits_is_told_by_its_real_size(trained, name):
+    chosen = candidates_of(trained)
+    grown = tfgrow.convert(trained)
+    event = tfgrow.apply(grown, candidates_of(grown))
+    after = event.params_after if name == "max_params" else event.flops_after
+    for budget, fits in ((after, True), (after - 1, False)):
+        oracle = tfgrow.GaussNewtonOracle(**{name: budget})
+        assert oracle.fits(trained, chosen) is fits
+    assert tfgrow.GaussNewtonOracle().fits(trained, chosen)

@@ -13,6 +13,8 @@ Layouts: phi of a consumer is `[n, T, B, O]`; the units of one group are separat
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 import tensorflow as tf
 
@@ -48,6 +50,7 @@ class Add(Morphism):
     name = "add"
     solved = ("phi",)
     edits_unit = False
+    dense_limit: ClassVar[int] = DENSE_LIMIT
 
     def candidates(self, site, *, new_units, seed):
         rng = np.random.default_rng([seed, 1, *site.name.encode()])
@@ -144,7 +147,7 @@ class Add(Morphism):
 
     def _dense(self, site) -> bool:
         sizes = (int(np.prod(shape)) for shape in _phi_shapes(site))
-        return self.together * sum(sizes) <= DENSE_LIMIT
+        return self.together * sum(sizes) <= self.dense_limit
 
     def _together(self, patches):
         """`[N, n * k, P, A] -> [N, n, P, k * A]`: k units of a candidate have one closed form."""

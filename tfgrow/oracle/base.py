@@ -29,9 +29,10 @@ from keras_tuner.engine.trial import Trial, TrialStatus
 
 from tfgrow._checks import require_whole
 from tfgrow._files import write_json
-from tfgrow.graph.cost import model_flops
+from tfgrow.graph.cost import CostModel, model_flops
 from tfgrow.graph.nodes import trace
-from tfgrow.graph.sites import Site, find_sites
+from tfgrow.graph.sites import Site, find_sites, sites_of
+from tfgrow.morphisms.registry import joint_cost
 from tfgrow.oracle.data import GrowthData, split_data
 from tfgrow.oracle.selection import Limits, matching_names
 from tfgrow.oracle.undo import restored_on_error
@@ -364,6 +365,21 @@ class GrowthOracle(keras_tuner.Oracle, abc.ABC):
                 f"Model '{model.name}' needs {flops} FLOPs per sample, more than max_flops="
                 f"{self.max_flops}. Start from a smaller model or raise max_flops."
             )
+
+    def fits(self, model: Any, candidates: Sequence[Any]) -> bool:
+        """Whether the model stays within `max_params` and `max_flops` with some edits."""
+        if self.max_params is None and self.max_flops is None:
+            return True
+        graph = trace(model)
+        costs = CostModel(graph, sites_of(model, graph))
+        extra = joint_cost(costs, candidates)
+        return all(
+            budget is None or size <= budget
+            for size, budget in (
+                (model.count_params() + extra.params, self.max_params),
+                (costs.base.flops + extra.flops, self.max_flops),
+            )
+        )
 
     # ---- the keras_tuner side ---------------------------------------------------------------
 

@@ -45,6 +45,7 @@ def commit(
     tolerance: float = 0.0,
     alphas: Sequence[float] = ALPHAS,
     estimate_of: Callable[[Sequence[Candidate]], float | None] | None = None,
+    fits: Callable[[Sequence[Candidate]], bool] | None = None,
 ) -> Outcome:
     """Applies a set at the largest scale that doesn't raise the held-out loss, or not at all.
 
@@ -56,6 +57,7 @@ def commit(
       alphas: scales to try, in this order; at 0 every morphism preserves the function.
       estimate_of: estimates a scaled set on the model as it was. Called once, and only if the set
         is committed at another scale than 1, at which its estimate is known.
+      fits: whether the model stays within its budget with some of the set.
 
     Returns:
       The outcome. On any error the model is as before.
@@ -71,6 +73,8 @@ def commit(
         )
     for alpha in alphas:
         scaled = _scaled(candidates, alpha)
+        if scaled and fits is not None and not fits(scaled):
+            scaled = _scaled(candidates, alpha, whole=True)
         if not scaled:
             continue
         with growth_transaction(model) as attempt:
@@ -88,9 +92,12 @@ def commit(
     return Outcome(0.0, (), (), before, after)
 
 
-def _scaled(candidates: Sequence[Candidate], alpha: float) -> list[Candidate]:
-    """The candidates at a scale, without those that can only be applied as a whole."""
+def _scaled(candidates: Sequence[Candidate], alpha: float, whole: bool = False) -> list[Candidate]:
+    """The candidates at a scale.
+
+    What can't be scaled is left out, or stays as it is if `whole`: removals make room for the rest.
+    """
     if alpha == 1.0:
         return list(candidates)
-    scaled = (get(candidate.morphism).scaled(candidate, alpha) for candidate in candidates)
-    return [candidate for candidate in scaled if candidate is not None]
+    scaled = [(one, get(one.morphism).scaled(one, alpha)) for one in candidates]
+    return [smaller or one for one, smaller in scaled if whole or smaller is not None]
