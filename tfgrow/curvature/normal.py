@@ -199,7 +199,7 @@ def _solve_kronecker(g, sums, damping):
         mean = tf.reduce_mean(tf.linalg.diag_part(a), axis=-1)
         mean *= tf.reduce_mean(tf.linalg.diag_part(s))
         ridge = tf.maximum(damping * mean, 1e-30)
-        a_values, a_vectors = tf.linalg.eigh(a)
+        a_values, a_vectors = _eigh(a)
         rotated = tf.einsum("nab,nao->nbo", a_vectors, block)
         few = (ridge.shape.num_elements() or np.inf) * a.shape[-1] <= FEW_SYSTEMS
         solve = _solve_by_cholesky if few and s.shape[-1] > WIDE else _solve_by_eigenvalues
@@ -210,9 +210,18 @@ def _solve_kronecker(g, sums, damping):
     return tf.concat(parts, axis=-1)
 
 
+def _eigh(matrix):
+    """Eigenvalues and eigenvectors; of wide matrices on the CPU by LAPACK, three times as fast."""
+    wide = tf.executing_eagerly() and matrix.shape[-1] > WIDE and "GPU" not in matrix.device
+    if not wide:
+        return tf.linalg.eigh(matrix)
+    values, vectors = np.linalg.eigh(matrix.numpy())
+    return tf.constant(values), tf.constant(vectors)
+
+
 def _solve_by_eigenvalues(a_values, s, ridge, right):
     """`x [..., n, A, O]` of `(a_values x S + ridge) x = right`, all dampings from one S."""
-    s_values, s_vectors = tf.linalg.eigh(s)
+    s_values, s_vectors = _eigh(s)
     eigenvalues = a_values[:, :, None] * tf.nn.relu(s_values)
     rotated = tf.einsum("nbo,oq->nbq", right, s_vectors)
     rotated = rotated / (eigenvalues + ridge[..., None, None])
