@@ -7,8 +7,8 @@ r"""Do badly chosen widths mend themselves? One network in two shapes of as many
 again. For every seed, three cells:
 
 * `bad`: the bad widths all the way;
-* `reallocated`: the same until --before; from then on, every --every epochs, an oracle may split,
-  add and prune units within the parameters that the network has;
+* `reallocated`: the same until --before; then, and every --every epochs from then on, an oracle may
+  edit it within the parameters that the network has, in up to --rounds events at a time;
 * `good`: the well-chosen widths all the way.
 
 The recovered share is `(reallocated - bad) / (good - bad)`, in test accuracy. Each cell runs in a
@@ -32,7 +32,6 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 MODELS = ("vgg", "mlp", "vgg_no_bn", "vgg_gelu")
 ARMS = ("bad", "reallocated", "good")
-MORPHISMS = ("split", "add", "prune")
 EQUAL_TO = 0.02
 """Share by which the parameters of the two shapes may differ."""
 
@@ -67,9 +66,11 @@ def _growing(settings: Mapping[str, Any], params: int) -> Any:
 
     names = ("new_units", "growth_per_step", "curvature")
     oracle = {name: settings[name] for name in names}
-    oracle |= {"morphisms": MORPHISMS, "max_params": params}
+    oracle |= {"morphisms": settings["morphisms"].split(","), "max_params": params}
     share = settings["settle"] / (settings["before"] + settings["after"])
-    return training.Growing("every", settings["every"], share, oracle, first=settings["before"])
+    return training.Growing(
+        "every", settings["every"], share, oracle, settings["before"], settings["rounds"]
+    )
 
 
 def recovered(bad: float, reallocated: float, good: float) -> float:
@@ -171,8 +172,8 @@ def _arm_cells(cell: Mapping[str, Any]) -> list[Any]:
 
 SETTINGS = (
     "dataset", "data_dir", "max_train", "model", "good", "bad", "seeds", "before", "after", "every",
-    "settle", "growth_per_step", "new_units", "curvature", "batch_size", "learning_rate",
-    "optimizer", "threads", "results_dir",
+    "rounds", "morphisms", "settle", "growth_per_step", "new_units", "curvature", "batch_size",
+    "learning_rate", "optimizer", "threads", "results_dir",
 )  # fmt: skip
 
 
@@ -182,6 +183,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
         ("dataset", "cifar10", "digits, or a TensorFlow Datasets name."),
         ("data_dir", None, "Where TensorFlow Datasets keeps its data."),
         ("results_dir", "experiments/results/reallocate", "Where the cells are kept."),
+        ("morphisms", "add,prune", "Kinds of edits, joined by commas."),
     ):
         flags.DEFINE_string(name, default, text, flag_values=values)
     for name, number, text, least in (
@@ -189,9 +191,10 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
         ("seeds", 2, "Number of seeds: 0, 1, ...", 1),
         ("before", 5, "Epochs before the first event, the learning rate falling to 0.", 1),
         ("after", 5, "Epochs afterwards, in which it does so again.", 1),
-        ("every", 1, "Epochs from one event to the next.", 1),
+        ("every", 5, "Epochs from one moment of growth to the next.", 1),
+        ("rounds", 8, "Events at a time, at most.", 1),
         ("settle", 1, "Epochs at the end without an event.", 0),
-        ("new_units", 4, "New units tried per layer and event.", 1),
+        ("new_units", 8, "New units tried per layer and event.", 1),
         ("batch_size", 128, "Images per training step.", 1),
         ("threads", 2, "Threads of TensorFlow within an operation.", 1),
     ):

@@ -64,6 +64,7 @@ class Growing:
       settle: share of the epochs, at the end, in which the network only trains.
       oracle: arguments of the oracle: budget, morphisms, choice of sites...
       first: with `"every"`, the first epoch after which it may grow; `every` by default.
+      rounds: events at a time, at most.
     """
 
     schedule: str
@@ -71,6 +72,7 @@ class Growing:
     settle: float
     oracle: Mapping[str, Any]
     first: int | None = None
+    rounds: int = 1
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -189,6 +191,7 @@ def train_growing(
         when=_schedule(growing, recipe.epochs),
         journal=None if journal is None else os.fspath(journal),
         verbose=2 if verbose else 0,
+        rounds=growing.rounds,
     )
     return train(model, data, recipe, [growth], verbose)
 

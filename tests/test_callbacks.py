@@ -58,6 +58,42 @@ def test_a_growing_fit():
     assert model.count_params() == history["tfgrow_params"][-1] <= 50
 
 
+def test_several_events_at_a_time():
+    """They follow each other at once, each on the network that the one before left."""
+    model = compiled(mlp())
+    growth = blind_growth(morphism="add", every=1, rounds=3)
+    history = fit(model, [growth], epochs=2).history
+    widths = [event.widths["hidden"] for event in growth.events]
+    units = model.get_layer("hidden").units
+    assert widths == [(units - 3 + n, units - 2 + n) for n in range(3)]
+    assert [event.epoch for event in growth.events] == [1, 1, 1]
+    assert history["tfgrow_events"] == [0, 3]
+    assert history["tfgrow_measured_change"][1] == pytest.approx(
+        sum(event.measured_change for event in growth.events)
+    )
+    (share,) = {event.newborn_alive for event in growth.events}
+    assert share is not None
+    assert 0 <= share <= 1
+
+
+@pytest.mark.parametrize("ended", ["rejected", "finished"])
+def test_no_further_event_where_one_brings_nothing(ended):
+    model = compiled(mlp())
+    options = {"tolerance": -100.0} if ended == "rejected" else {"oracle": {"max_trials": 2}}
+    growth = blind_growth(every=1, rounds=5, **options)
+    fit(model, [growth], epochs=2)
+    if ended == "rejected":
+        assert [event.status for event in growth.events] == ["rejected"]
+    else:
+        assert [event.status for event in growth.events].count("applied") == 2
+
+
+@pytest.mark.parametrize("rounds", [0, -1, 1.5, None, True])
+def test_rounds_are_a_whole_number(rounds):
+    with pytest.raises(ValueError, match="rounds must be a whole number >= 1"):
+        blind_growth(rounds=rounds)
+
+
 def test_the_second_moments_of_newborn_units_are_alive():
     model = compiled(mlp())
     growth = blind_growth(morphism="add", every=1)

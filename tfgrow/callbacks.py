@@ -11,6 +11,7 @@ import os
 import time
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ import keras
 import numpy as np
 
 from tfgrow import schedules
+from tfgrow._checks import require_whole
 from tfgrow.graph.sites import find_sites
 from tfgrow.growth import describe, newborn_of, size_of, widths_changed, widths_of
 from tfgrow.journal import Journal
@@ -30,7 +32,7 @@ from tfgrow.surgery.optimizer import check_optimizer
 from tfgrow.surgery.transaction import growth_transaction
 from tfgrow.types import GrowthEvent, Plan
 
-_NO_MODEL = {"_due": False, "_epochs_done": 0, "_trained": None, "_peers": (), "_newborn": None}
+_NO_MODEL = {"_due": False, "_epochs_done": 0, "_trained": None, "_peers": (), "_newborn": ()}
 """What `Growth` knows of a model when it has none."""
 
 
@@ -67,6 +69,9 @@ class Growth(keras.callbacks.Callback):
       tolerance: by how much an event may raise the held-out loss (negative: must lower it).
       journal: path of a JSON file that holds the events, or None.
       verbose: 0 silent, 1 a line per event and a progress bar, 2 a line per event; `"auto"` as fit.
+      rounds: how many events may follow each other when it grows, until one brings nothing. New
+        units of one layer repeat each other, so that an event often gives it one; the next event
+        learns on the network that has it.
 
     Attributes:
       events: list of `GrowthEvent`, in order.
@@ -96,6 +101,7 @@ class Growth(keras.callbacks.Callback):
         tolerance: float = 0.0,
         journal: str | None = None,
         verbose: int | str = "auto",
+        rounds: int = 1,
     ) -> None:
         super().__init__()
         if not isinstance(oracle, GrowthOracle):
@@ -109,8 +115,10 @@ class Growth(keras.callbacks.Callback):
             raise ValueError(f"tolerance must be a number. Found: {tolerance!r}")
         if verbose not in ("auto", 0, 1, 2):
             raise ValueError(f"verbose must be 'auto', 0, 1 or 2. Found: {verbose!r}")
+        require_whole("rounds", rounds, optional=False)
         self.oracle = oracle
         self.data = data
+        self.rounds = rounds
         self.schedule = schedules.get((2 if every is None else every) if when is None else when)
         self.guard = guard
         self.tolerance = tolerance
@@ -124,7 +132,7 @@ class Growth(keras.callbacks.Callback):
         self._epochs_done: int
         self._trained: weakref.ref | None  # the model that what is due belongs to
         self._peers: Sequence[keras.callbacks.Callback]
-        self._newborn: tuple[int, list] | None  # the event, and batches to see its units on
+        self._newborn: Sequence[tuple[int, list]]  # events, and batches to see their units on
         self.__dict__.update(_NO_MODEL)
 
     @property
@@ -161,7 +169,7 @@ class Growth(keras.callbacks.Callback):
             self.__dict__.update(_NO_MODEL)
             self._trained = weakref.ref(self.model)
         self.schedule.reset()
-        self._finished, self._newborn = False, None
+        self._finished, self._newborn = False, ()
         self._reported = len(self.journal)
         self._step_forward()
         if any(isinstance(peer, keras.callbacks.BackupAndRestore) for peer in self._peers):
@@ -180,7 +188,10 @@ class Growth(keras.callbacks.Callback):
         # SwapEMAWeights put the weights back, and nothing is grown that won't be trained.
         if self._due:
             self._due = False
-            self._grow()
+            for _ in range(self.rounds):
+                self._grow()
+                if self._finished or self.events[-1].status != "applied":
+                    break
 
     def on_train_end(self, logs=None):
         del logs
@@ -216,7 +227,8 @@ class Growth(keras.callbacks.Callback):
             event = self.oracle.record(trial, self._event(before, widths, plan, outcome, seconds))
             self.journal.append(event)
         self._finished = trial.status == "STOPPED"
-        self._newborn = (len(self.journal) - 1, data.held_out[:2]) if event.newborn else None
+        if event.newborn:
+            self._newborn = (*self._newborn, (len(self.journal) - 1, data.held_out[:2]))
         self._say(event)
         gc.collect()  # traced functions are cycles that hold on to replaced variables
 
@@ -284,14 +296,20 @@ class Growth(keras.callbacks.Callback):
                 self.oracle.report(event.trial_id, logs, epoch=self._epochs_done)
 
     def _note_newborn(self) -> None:
-        if self._newborn is None:
+        """What came to life of one moment's new units, whichever of its events brought them."""
+        if not self._newborn:
             return
-        (index, batches), self._newborn = self._newborn, None
-        event = self.events[index]
-        share = alive_share(self.model, event.newborn, batches)
-        self.journal.note_newborn_alive(index, share)
-        if event.trial_id is not None:
-            self.oracle.report(event.trial_id, {"newborn_alive": share}, epoch=self._epochs_done)
+        indices, batches = zip(*self._newborn, strict=True)
+        self._newborn = ()
+        newborn: Counter = Counter()
+        for index in indices:
+            newborn.update(self.events[index].newborn)
+        share = alive_share(self.model, newborn, batches[-1])
+        for index in indices:
+            self.journal.note_newborn_alive(index, share)
+            trial = self.events[index].trial_id
+            if trial is not None:
+                self.oracle.report(trial, {"newborn_alive": share}, epoch=self._epochs_done)
 
     def _level(self) -> int:
         verbose = self.verbose

@@ -33,7 +33,7 @@ def alive_share(model: keras.Model, newborn: Mapping[str, int], dataset) -> floa
     sites = [site for site in sites_of(model, graph) if newborn.get(site.name)]
     alive = total = 0
     for site, deviation in zip(sites, _deviations(model, graph, sites, dataset), strict=True):
-        young = deviation[-newborn[site.name] :]
+        young = deviation[-newborn[site.name] :]  # all, if there are fewer: some may be gone
         alive += int(np.sum(young > ALIVE * np.median(deviation)))
         total += len(young)
     return alive / total if total else 1.0

@@ -10,7 +10,7 @@ from experiments import cells, reallocate, training
 
 TINY = (
     "--dataset=digits", "--model=mlp", "--good=5,5", "--bad=4,16", "--max_train=600", "--before=2",
-    "--after=2", "--settle=1", "--seeds=1", "--threads=1",
+    "--after=2", "--settle=1", "--every=1", "--rounds=2", "--seeds=1", "--threads=1",
 )  # fmt: skip
 
 
@@ -38,7 +38,9 @@ def test_cells_part_where_the_oracle_begins(tmp_path, monkeypatch, capsys):
         assert len(found["history"]["loss"]) == 4
     first, second = (cell["history"]["val_loss"] for cell in (bad, reallocated))
     assert first[:2] == pytest.approx(second[:2], rel=1e-3)
-    assert [e["epoch"] for e in reallocated["events"]] == [2, 3]
+    epochs = [e["epoch"] for e in reallocated["events"]]
+    assert sorted(set(epochs)) == [2, 3]
+    assert max(epochs.count(2), epochs.count(3)) == 2
     assert any(e["widths"] for e in reallocated["events"] if e["status"] == "applied")
     assert reallocated["widths"] != bad["widths"]
     assert all(e["params_after"] <= bad["params"] for e in reallocated["events"])
