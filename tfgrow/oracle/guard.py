@@ -73,7 +73,8 @@ def commit(
         )
     for alpha in alphas:
         scaled = _scaled(candidates, alpha)
-        if scaled and fits is not None and not fits(scaled):
+        left_out = len(scaled) < len(candidates)
+        if scaled and left_out and fits is not None and not fits(scaled):
             scaled = _scaled(candidates, alpha, whole=True)
         if not scaled:
             continue
