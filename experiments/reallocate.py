@@ -66,7 +66,7 @@ def _growing(settings: Mapping[str, Any], params: int) -> Any:
 
     names = ("new_units", "growth_per_step", "curvature")
     oracle = {name: settings[name] for name in names}
-    oracle |= {"morphisms": settings["morphisms"].split(","), "max_params": params}
+    oracle |= {"morphisms": settings["morphisms"], "max_params": params}
     share = settings["settle"] / (settings["before"] + settings["after"])
     return training.Growing(
         "every", settings["every"], share, oracle, settings["before"], settings["rounds"]
@@ -183,7 +183,6 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
         ("dataset", "cifar10", "digits, or a TensorFlow Datasets name."),
         ("data_dir", None, "Where TensorFlow Datasets keeps its data."),
         ("results_dir", "experiments/results/reallocate", "Where the cells are kept."),
-        ("morphisms", "add,prune", "Kinds of edits, joined by commas."),
     ):
         flags.DEFINE_string(name, default, text, flag_values=values)
     for name, number, text, least in (
@@ -212,6 +211,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_enum(
         "optimizer", "adam", ("adam", "adamw", "rmsprop", "sgd"), "Optimizer.", flag_values=values
     )
+    flags.DEFINE_list("morphisms", ["add", "prune"], "Kinds of edits.", flag_values=values)
     for name, widths, how in (("good", "8,8,16,16", "well"), ("bad", "8,1,8,49", "badly")):
         flags.DEFINE_list(name, widths, f"Units per layer, {how} chosen.", flag_values=values)
 
