@@ -21,6 +21,7 @@ import tensorflow as tf
 
 import tfgrow
 from tfgrow.morphisms.registry import MORPHISMS, get
+from tfgrow.surgery.transaction import growth_transaction
 
 CLASSES = 10
 SMALLEST = 32
@@ -66,6 +67,13 @@ def images_for(build: Build, model: keras.Model, count: int, seed: int) -> Array
     return prepare(images), rng.integers(0, CLASSES, count)
 
 
+def cut(data: Arrays, size: int) -> list[Arrays]:
+    """The samples in batches; a `tf.data` pipeline of so few takes longer than they do."""
+    images, labels = data
+    starts = range(0, len(images), size)
+    return [(images[start : start + size], labels[start : start + size]) for start in starts]
+
+
 def every_layer(model: keras.Model) -> Iterator[keras.layers.Layer]:
     """The layers of a model and of those nested in it."""
     for layer in model.layers:
@@ -103,6 +111,28 @@ def outputs_of(model: keras.Model, images: np.ndarray) -> np.ndarray:
     return np.asarray(model(images, training=False))
 
 
+def in_double(model: keras.Model) -> keras.Model:
+    """A copy that computes in double precision, with the same weights."""
+
+    def double(layer: keras.Operation) -> keras.Operation:
+        precision = {"dtype": "float64"} if isinstance(layer, keras.layers.Layer) else {}
+        return type(layer).from_config({**layer.get_config(), **precision})
+
+    copy = keras.models.clone_model(model, clone_function=double)
+    copy.set_weights(model.get_weights())
+    return copy
+
+
+def changed_in_double(
+    model: keras.Model, name: str, sites: Sequence[str], images: np.ndarray
+) -> float:
+    """What a kind of edit at theta = 0, alone, does to the outputs in double precision."""
+    copy = tfgrow.convert(model)
+    before = outputs_of(in_double(copy), images)
+    change_nothing(copy, name, sites)
+    return difference(outputs_of(in_double(copy), images), before)
+
+
 def difference(found: np.ndarray, expected: np.ndarray) -> float:
     """Largest difference, relative to the largest output."""
     return float(np.abs(found - expected).max() / np.abs(expected).max())
@@ -133,20 +163,20 @@ def picked(model: keras.Model, name: str, sites: Sequence[str]) -> list[tfgrow.C
 
     Kinds take different units, so that all can be applied at once.
     """
-    position = list(MORPHISMS).index(name)
+    kind, position = get(name), list(MORPHISMS).index(name)
+    possible = [site for site in tfgrow.find_sites(model) if kind.reason(site) is None]
+    # A tied site can go by another name after a skip; it answers to all.
+    places = [site.name for site in possible if set(sites) & set(site.names)]
+    places = places or [site.name for site in possible[:1]]
+    if not places:
+        return []
     by_site: dict[str, list[tfgrow.Candidate]] = {}
-    for place in [*([site] for site in sites), None]:
-        if place is None and by_site:
-            continue
-        with contextlib.suppress(ValueError):  # not possible there
-            for candidate in tfgrow.candidates(model, name, sites=place, new_units=1):
-                by_site.setdefault(candidate.site.name, []).append(candidate)
-            if place is None:
-                by_site = dict(list(by_site.items())[:1])
+    for candidate in tfgrow.candidates(model, name, sites=places, new_units=1):
+        by_site.setdefault(candidate.site.name, []).append(candidate)
     return [
         found[position % len(found)]
         for found in by_site.values()
-        if len(found) > position or not get(name).edits_unit
+        if len(found) > position or not kind.edits_unit
     ]
 
 
@@ -161,12 +191,13 @@ def change_nothing(model: keras.Model, name: str, sites: Sequence[str]) -> int:
     if scaled:
         tfgrow.apply(model, scaled)
         return len(scaled)
-    for site in [candidate.site.name for candidate in chosen]:
-        (split, *_) = tfgrow.candidates(model, SPLIT, sites=site)
-        halves = get(SPLIT).scaled(split, 0.0)
-        assert halves is not None
-        tfgrow.apply(model, halves)
-        tfgrow.prune(model, site, [split.unit])
+    if chosen:
+        copied = {}
+        for split in tfgrow.candidates(model, SPLIT, sites=[c.site.name for c in chosen]):
+            copied.setdefault(split.site.name, get(SPLIT).scaled(split, 0.0))
+        tfgrow.apply(model, list(copied.values()))
+        for site, split in copied.items():
+            tfgrow.prune(model, site, [split.unit])
     return len(chosen)
 
 
@@ -176,9 +207,11 @@ class Specimen:
     Args:
       build: the function that builds it.
       settings: `images`, `batch_size`, `steps`, `scale`, `seed`.
+      same: difference of outputs from which on rounding is told from error in double precision.
     """
 
-    def __init__(self, build: Build, settings: Mapping[str, Any]):
+    def __init__(self, build: Build, settings: Mapping[str, Any], same: float = np.inf):
+        self.same = same
         self.build = build
         self.settings = settings
         self.sites: list[str] = []
@@ -256,11 +289,14 @@ class Specimen:
                 if found["places"]:
                     now = outputs_of(copy, self.few)
                     found["unchanged"], expected = difference(now, expected), now
+                    if found["unchanged"] > self.same:
+                        found["in double"] = changed_in_double(
+                            self.model, name, self.sites, self.few
+                        )
 
     def _learn(self) -> None:
         chosen = [c for name in MORPHISMS for c in picked(self.model, name, self.sites)]
-        batches = tf.data.Dataset.from_tensor_slices(self.data)
-        self.batches = batches.batch(self.settings["batch_size"])
+        self.batches = cut(self.data, self.settings["batch_size"])
         seed, steps = self.settings["seed"], self.settings["steps"]
         learner = tfgrow.GaussNewtonEstimator(self.model, curvature="sampled", seed=seed)
         learned = learner.learn(chosen, self.batches, steps=steps, settle=steps)
@@ -276,14 +312,27 @@ class Specimen:
         estimator = tfgrow.GaussNewtonEstimator(self.model, curvature="exact")
         self.interaction = estimator.interaction(self.learned, self.batches)
         self.result["loss"] = self._loss()
+        before = outputs_of(self.model, self.few)
         for name, found in self.result["morphisms"].items():
             mine = [row for row, c in enumerate(self.learned) if c.morphism == name]
             if mine:
                 with self._phase("truth"):
-                    chosen = [self.learned[row] for row in mine]
-                    true = tfgrow.measure_change(self.model, chosen, self.batches)
+                    true = self._true_change([self.learned[row] for row in mine])
                     estimated = self.interaction.change(mine)
                     found |= against(estimated, true, self.result["loss"])
+        with self._phase("truth"):
+            self.result["taken back"] = difference(outputs_of(self.model, self.few), before)
+
+    def _true_change(self, chosen: Sequence[tfgrow.Candidate]) -> float:
+        """Of the loss, by candidates that are applied to the model itself and taken back.
+
+        `tfgrow.measure_change` says the same of a copy, which takes large networks much longer.
+        """
+        with growth_transaction(self.model) as trial:
+            tfgrow.apply(self.model, chosen)
+            after = self._loss()
+            trial.rollback()
+        return after - self.result["loss"]
 
     def _apply(self) -> None:
         """Small steps of as many kinds as go together, in place; then the others, each by itself.

@@ -237,11 +237,12 @@ def widths_changed(before: Mapping[str, int], model: keras.Model) -> dict[str, t
     Sites of layers that are new had none.
     """
     # By layer: a site of one unit that is left can be blocked, or go by another layer's name.
-    now = {name: site.units for site in find_sites(model) for name in site.names}
+    sites = find_sites(model)
+    now = {name: site.units for site in sites for name in site.names}
     changed = {name: (units, now[name]) for name, units in before.items() if units != now[name]}
     new = {
         site.name: (0, site.units)
-        for site in find_sites(model)
+        for site in sites
         if site.blocked is None and not set(site.names) & set(before)
     }
     return {**changed, **new}

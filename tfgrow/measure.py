@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -35,7 +36,6 @@ def real_loss(model: keras.Model, dataset, loss=None, loss_weights=None) -> floa
     graph = trace(model)
     total_of = total_loss(model, graph, loss, loss_weights)
 
-    @tf.function(reduce_retracing=True, autograph=False)
     def batch_loss(x, y, weights):
         every = keras.tree.flatten(model(x, training=False))
         outputs = [tf.cast(every[part.output], tf.float32) for part in total_of.parts]
@@ -45,10 +45,15 @@ def real_loss(model: keras.Model, dataset, loss=None, loss_weights=None) -> floa
         return tf.where(tf.reduce_all(finite), loss, math.nan)
 
     total = count = 0.0
+    traced = tf.function(batch_loss, reduce_retracing=True, autograph=False)
     with float32_compute(model):  # rounding to half precision would drown what is measured
-        for batch in batches_of(dataset):
+        batches = batches_of(dataset)
+        first = list(itertools.islice(batches, 2))
+        # Of deep models, tracing takes several times as long as a batch.
+        loss_of = traced if len(first) > 1 else batch_loss
+        for batch in itertools.chain(first, batches):
             arranged = check_batch(model, graph, total_of.arranged(batch), total_of.labels)
-            total += float(batch_loss(*arranged))
+            total += float(loss_of(*arranged))
             count += size_of_batch(batch)
     return total / count
 

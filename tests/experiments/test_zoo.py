@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import keras
@@ -124,7 +125,7 @@ def test_one_network_passes_every_check(examined):
         assert examined["morphisms"][name]["places"] == 3
     assert set(examined["morphisms"]) == set(MORPHISMS)
     deviations = zoo.deviations(examined)
-    assert {"converted", "saved", "exported", "split at theta 0"} <= set(deviations)
+    assert {"converted", "taken back", "saved", "exported", "split at theta 0"} <= set(deviations)
     assert max(deviations.values()) < zoo.SAME
     assert zoo.verdict(examined) == "equal"
     assert examined["morphisms"]["add"]["ratio"] == pytest.approx(1.0, rel=0.1)
@@ -185,7 +186,7 @@ def test_a_sweep_goes_on_from_finished_networks(tmp_path, monkeypatch, examined)
         return result
 
     monkeypatch.setattr(zoo, "in_fresh_process", here)
-    places = [f"--output_dir={tmp_path}", f"--docs={tmp_path}/zoo.md"]
+    places = [f"--output_dir={tmp_path}", f"--docs={tmp_path}/zoo.md", "--jobs=1"]
     results = zoo.run(parse("--models=VGG.*", *places))
     assert ran == ["VGG16", "VGG19"]
     assert [bool(one["errors"]) for one in results] == [False, True]
@@ -265,3 +266,44 @@ def test_most_convolutions_of_real_architectures_are_in_sites(name):
         and not isinstance(layer, tfgrow.layers.DepthwiseConv2D)
     }
     assert len(convolutions & inside) > 0.9 * len(convolutions)
+
+
+def test_networks_run_side_by_side(tmp_path, monkeypatch, examined):
+    both = threading.Barrier(2, timeout=10)
+
+    def here(work, cell):
+        both.wait()  # breaks if they came one after the other
+        return {"model": cell.model, "settings": dict(cell.settings), **examined}
+
+    monkeypatch.setattr(zoo, "in_fresh_process", here)
+    cells_of_two = [zoo.Cell(name, QUICK, str(tmp_path)) for name in ("VGG16", "VGG19")]
+    found = zoo.sweep(cells_of_two, jobs=2)
+    assert [one["model"] for one in found] == ["VGG16", "VGG19"]
+    assert not any(one["errors"] for one in found)
+
+
+def test_rounding_is_told_from_error_in_double_precision(examined):
+    keras.utils.set_random_seed(0)
+    model = tfgrow.convert(specimen.built_small(tiny))
+    images, _ = specimen.images_for(tiny, model, 4, seed=0)
+    double = specimen.in_double(model)
+    assert {weight.dtype for weight in double.weights} == {"float64"}
+    assert 0 < specimen.difference(np.asarray(double(images)), np.asarray(model(images))) < zoo.SAME
+    assert specimen.changed_in_double(model, "prune", ["inner"], images) < zoo.SAME_IN_DOUBLE
+
+    def after(**found):
+        morphisms = {**examined["morphisms"], "prune": {"places": 1, **found}}
+        return zoo.verdict({"model": "Tiny", **examined, "morphisms": morphisms})
+
+    assert after(unchanged=2e-4, **{"in double": 1e-12}).startswith("equal up to rounding: prune")
+    assert after(unchanged=2e-4, **{"in double": 2e-4}) == "not equal: prune at theta 0 2.0e-04"
+    assert after(unchanged=2e-4) == "not equal: prune at theta 0 2.0e-04"
+
+
+def test_an_error_shows_in_double_precision_too(monkeypatch):
+    keras.utils.set_random_seed(0)
+    model = tfgrow.convert(specimen.built_small(tiny))
+    images, _ = specimen.images_for(tiny, model, 4, seed=0)
+    monkeypatch.setattr(type(MORPHISMS["add"]), "scaled", lambda self, c, alpha: c.replace(
+        theta={name: value + 1.0 for name, value in c.theta.items()}))  # fmt: skip
+    assert specimen.changed_in_double(model, "add", ["inner"], images) > zoo.SAME_IN_DOUBLE

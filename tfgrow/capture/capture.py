@@ -64,10 +64,10 @@ def find_head(graph: Graph, number: int = 0) -> Head:
       number: which of its outputs.
     """
     output = graph.outputs[number]
-    node = _maker(graph, output)
+    node = graph.maker(output)
     while node is not None and changes_nothing(node.operation):
         output = node.inputs[0]
-        node = _maker(graph, output)
+        node = graph.maker(output)
     if node is None:
         key = graph.output_keys[number]
         which = f" '{key}'" if len(graph.outputs) > 1 else ""
@@ -81,11 +81,6 @@ def find_head(graph: Graph, number: int = 0) -> Head:
     if kind == "Activation" and (activation is not None) and len(node.inputs) == 1:
         return Head(tensor_tap(node.inputs[0]), activation)
     return Head(tensor_tap(output), None)
-
-
-def _maker(graph: Graph, tensor: int):
-    """The node that makes a tensor; None for an input."""
-    return next((node for node in graph.nodes if tensor in node.outputs), None)
 
 
 def taps_of_leaf(leaf: Leaf) -> list[Tap]:

@@ -9,6 +9,7 @@ row.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 
 import numpy as np
@@ -55,11 +56,12 @@ class Flow:
             self._parents = {producer: root for producer, root in roots if producer != root}
         self._alike_by_chance: set[int] = set()
         self._reasons: dict[int, str] = {}
-        self._makers = {tensor: node for node in graph.nodes for tensor in node.outputs}
         for tensor, symbol in graph.tensors.items():
             self.sizes[tensor] = symbol.shape[-1] if len(symbol.shape) > 1 else None
+        self._known: dict[int, Owners] | None = None
         for node in graph.nodes:
             self._visit(node)
+        self._known = {}  # from now on, what is tied stays as it is
         for tensor in graph.outputs:
             for owner in self.at(tensor):
                 self._block(
@@ -71,10 +73,14 @@ class Flow:
 
     def at(self, tensor: int) -> Owners:
         """Whose channels lie where on a tensor's last axis, by the first of the tied producers."""
+        if self._known is not None and tensor in self._known:
+            return self._known[tensor]
         found: Owners = {}
         for owner, at in self._owners.get(tensor, {}).items():
             root = self.root(owner)
             found[root] = _together(found[root], at) if root in found else at
+        if self._known is not None:
+            self._known[tensor] = found
         return found
 
     def root(self, producer: int) -> int:
@@ -85,8 +91,27 @@ class Flow:
 
     def tied(self, producer: int) -> list[Node]:
         """The producers that one is tied to, itself among them, in topological order."""
-        root = self.root(producer)
-        return [n for n in self._graph.nodes if n.mixing and self.root(n.index) == root]
+        return self._by_root[self.root(producer)]
+
+    def readers(self, root: int) -> list[Node]:
+        """The nodes that read channels of a root and of those tied to it, in topological order."""
+        return self._by_channels.get(root, [])
+
+    @functools.cached_property
+    def _by_root(self) -> dict[int, list[Node]]:
+        tied: dict[int, list[Node]] = {}
+        for node in self._graph.nodes:
+            if node.mixing:
+                tied.setdefault(self.root(node.index), []).append(node)
+        return tied
+
+    @functools.cached_property
+    def _by_channels(self) -> dict[int, list[Node]]:
+        reading: dict[int, list[Node]] = {}
+        for node in self._graph.nodes:
+            for root in dict.fromkeys(root for tensor in node.inputs for root in self.at(tensor)):
+                reading.setdefault(root, []).append(node)
+        return reading
 
     def reason(self, producer: int) -> str | None:
         """Why a producer's channels can't be followed, or those of one it is tied to."""
@@ -214,7 +239,7 @@ class Flow:
                 if first != second:
                     self._parents[second] = first
                 return
-        maker = self._makers.get(tensor)
+        maker = self._graph.maker(tensor)
         whose = f"those that '{maker.name}' makes" if maker else "those of the model's input"
         self._block(
             owner,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -67,7 +68,24 @@ class Graph:
 
     def calls(self, layer) -> list[Node]:
         """The nodes that call a layer."""
-        return [node for node in self.nodes if node.operation is layer]
+        return self._calls.get(id(layer), [])
+
+    def maker(self, tensor: int) -> Node | None:
+        """The node that makes a tensor; None for an input."""
+        return self._makers.get(tensor)
+
+    # Asked for every tensor of every path: to search all nodes each time takes deep models seconds.
+
+    @functools.cached_property
+    def _calls(self) -> dict[int, list[Node]]:
+        calls: dict[int, list[Node]] = {}
+        for node in self.nodes:
+            calls.setdefault(id(node.operation), []).append(node)
+        return calls
+
+    @functools.cached_property
+    def _makers(self) -> dict[int, Node]:
+        return {tensor: node for node in self.nodes for tensor in node.outputs}
 
 
 def functional_of(model: keras.Model) -> Any:

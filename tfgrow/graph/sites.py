@@ -283,10 +283,9 @@ def _producer_blocked(graph: Graph, node: Node) -> str | None:
 
 def _used_elsewhere(model, graph: Graph, node: Node, producers, steps) -> str | None:
     """The layers of a site must not feed layers of another model, which could not follow."""
-    own = {id(n.operation) for n in graph.nodes}
     for layer in (*(n.operation for n in producers), *(step.layer for step in steps)):
         for reader in readers_of(layer) if isinstance(layer, keras.layers.Layer) else ():
-            if id(reader) not in own and getattr(reader, "weights", None):
+            if not graph.calls(reader) and getattr(reader, "weights", None):
                 return (
                     f"the channels of '{node.name}' also reach layer '{reader.name}', which is "
                     f"not part of model '{model.name}'; give that model layers of its own"
@@ -318,11 +317,11 @@ def _path(graph: Graph, flow: Flow, root: int) -> tuple[tuple[Step, ...], tuple[
     """All layers that some channels pass through, and all tensors at which others read them."""
     steps: list[Step] = []
     consumers: dict[int, list[Node]] = {}
-    for node in graph.nodes:
+    for node in flow.readers(root):
         mine = tuple(t for t in dict.fromkeys(node.inputs) if root in flow.at(t))
-        if mine and node.mixing:
+        if node.mixing:
             consumers.setdefault(mine[0], []).append(node)
-        elif mine:
+        else:
             steps.append(_step(graph, flow, root, node, mine))
     passed_on = {tensor for step in steps for tensor in step.sources}
     leaves = tuple(

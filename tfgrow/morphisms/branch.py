@@ -11,6 +11,9 @@ candidate, for places differ in shape.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -50,6 +53,20 @@ class Branching:
     changed: int
     shape: tuple
     channels: int
+
+
+def once_per_site(method: Callable) -> Callable:
+    """Keeps what a morphism's method says of a site: learning and scoring ask again and again."""
+    known: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+    @functools.wraps(method)
+    def ask(morphism, site):
+        said = known.setdefault(site, {})
+        if morphism not in said:
+            said[morphism] = method(morphism, site)
+        return said[morphism]
+
+    return ask
 
 
 class Branch(Morphism):
@@ -171,11 +188,10 @@ def ends_of(site) -> list[tuple[Node, int]]:
 
 def maker_of(graph: Graph, tensor: int) -> Node | None:
     """The node that makes a tensor, if it makes nothing else and its layer is called once."""
-    for node in graph.nodes:
-        if tensor in node.outputs:
-            alone = len(node.outputs) == 1 and len(graph.calls(node.operation)) == 1
-            return node if alone else None
-    return None
+    node = graph.maker(tensor)
+    if node is None or len(node.outputs) > 1 or len(graph.calls(node.operation)) > 1:
+        return None
+    return node
 
 
 def is_convolved(site) -> bool:

@@ -19,7 +19,14 @@ from tfgrow.capture.execute import tensor_tap
 from tfgrow.layers.conv import CONVOLUTIONS
 from tfgrow.layers.dense import Dense
 from tfgrow.morphisms.base import Candidate
-from tfgrow.morphisms.branch import Branch, Branching, ends_of, flops_at, is_convolved
+from tfgrow.morphisms.branch import (
+    Branch,
+    Branching,
+    ends_of,
+    flops_at,
+    is_convolved,
+    once_per_site,
+)
 from tfgrow.types import BranchEdit, Cost, Demand, NewLayer
 
 UNITS = 4
@@ -34,6 +41,7 @@ class Deepen(Branch):
 
     name = "deepen"
 
+    @once_per_site
     def branchings(self, site):
         if site.blocked is not None:
             return []

@@ -16,7 +16,15 @@ from tfgrow.graph.nodes import Graph, Node
 from tfgrow.layers.conv import CONVOLUTIONS
 from tfgrow.layers.dense import Dense
 from tfgrow.morphisms.base import Candidate
-from tfgrow.morphisms.branch import Branch, Branching, ends_of, flops_at, is_convolved, maker_of
+from tfgrow.morphisms.branch import (
+    Branch,
+    Branching,
+    ends_of,
+    flops_at,
+    is_convolved,
+    maker_of,
+    once_per_site,
+)
 from tfgrow.types import BranchEdit, Cost, Demand, NewLayer
 
 SOURCES = 2
@@ -28,6 +36,7 @@ class Skip(Branch):
 
     name = "skip"
 
+    @once_per_site
     def branchings(self, site):
         if site.blocked is not None:
             return []
@@ -84,12 +93,11 @@ class Skip(Branch):
 
 def _sources(graph: Graph, target: Node, tensor: int) -> list[tuple[Node, int]]:
     """Earlier tensors that mixing layers read, of the target's resolution; the nearest first."""
-    makers = {out: node for node in graph.nodes for out in node.outputs}
     upstream: set[int] = set()
     stack = [target]
     while stack:
         for read in stack.pop().inputs:
-            node = makers.get(read)
+            node = graph.maker(read)
             if node is not None and node.index not in upstream:
                 upstream.add(node.index)
                 stack.append(node)
