@@ -21,7 +21,6 @@ import tensorflow as tf
 
 import tfgrow
 from tfgrow.morphisms.registry import MORPHISMS, get
-from tfgrow.surgery.transaction import growth_transaction
 
 CLASSES = 10
 SMALLEST = 32
@@ -317,22 +316,13 @@ class Specimen:
             mine = [row for row, c in enumerate(self.learned) if c.morphism == name]
             if mine:
                 with self._phase("truth"):
-                    true = self._true_change([self.learned[row] for row in mine])
+                    chosen = [self.learned[row] for row in mine]
+                    # taken back at once: a copy of a large network takes much longer
+                    true = tfgrow.measure_change(self.model, chosen, self.batches, in_place=True)
                     estimated = self.interaction.change(mine)
                     found |= against(estimated, true, self.result["loss"])
         with self._phase("truth"):
             self.result["taken back"] = difference(outputs_of(self.model, self.few), before)
-
-    def _true_change(self, chosen: Sequence[tfgrow.Candidate]) -> float:
-        """Of the loss, by candidates that are applied to the model itself and taken back.
-
-        `tfgrow.measure_change` says the same of a copy, which takes large networks much longer.
-        """
-        with growth_transaction(self.model) as trial:
-            tfgrow.apply(self.model, chosen)
-            after = self._loss()
-            trial.rollback()
-        return after - self.result["loss"]
 
     def _apply(self) -> None:
         """Small steps of as many kinds as go together, in place; then the others, each by itself.

@@ -483,6 +483,22 @@ def depthwise_1d():
 
 
 @case("conv1", "conv2")
+def as_many_groups_as_channels():
+    inputs = keras.Input((6, 6, 2))
+    x = layers.Conv2D(3, 1, name="conv1")(inputs)
+    x = layers.Conv2D(3, 3, groups=3, padding="same", activation="relu", name="dw1")(x)
+    x = layers.Conv2D(6, 2, groups=3, dilation_rate=2, padding="same", use_bias=False, name="dw2")(
+        x
+    )
+    x = layers.BatchNormalization(name="bn")(x)
+    x = layers.Conv2D(2, 1, activation="tanh", name="conv2")(x)
+    x = layers.Reshape((36, 2), name="row")(x)
+    x = layers.Conv1D(4, 3, groups=2, strides=4, padding="same", name="dw3")(x)
+    x = layers.Flatten(name="flatten")(x)
+    return keras.Model(inputs, layers.Dense(2, name="out")(x))
+
+
+@case("conv1", "conv2")
 def instance_normalization():
     inputs = keras.Input((4, 4, 2))
     x = layers.Conv2D(3, 2, name="conv1")(inputs)

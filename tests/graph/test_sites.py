@@ -259,7 +259,6 @@ def test_declared_activations_pass():
         (layers.Rescaling([1.0, 2.0, 3.0], name="x"), "rescales each channel"),
         (layers.Reshape((16, 3, 1), name="x"), "Reshape"),
         (layers.DepthwiseConv2D(2, activation="softmax", name="x"), "activation that mixes"),
-        (layers.Conv2D(3, 1, groups=3, name="x"), "grouped convolution .groups=3."),
         (layers.Conv2D(2, 1, trainable=False, name="x"), "'x', which is frozen"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, layers.Layer) else "",

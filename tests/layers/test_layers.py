@@ -189,7 +189,8 @@ def test_prelu_shared_over_channels_has_nothing_to_widen():
 def test_growable_classes_are_registered_twins_of_stock_classes(growable):
     stock = growable.stock_class
     assert issubclass(growable, stock)
-    assert stock is getattr(layers, growable.__name__, _keras.LayerScale)
+    name = growable.__name__.replace("Channelwise", "")
+    assert stock is getattr(layers, name, _keras.LayerScale)
     assert getattr(tfgrow.layers, growable.__name__) is growable
     name = f"tfgrow>{growable.__name__}"
     assert keras.saving.get_registered_object(name) is growable
@@ -203,12 +204,32 @@ def test_growable_classes_are_registered_twins_of_stock_classes(growable):
         "LayerScale": (0.5, 3),
         "MultiHeadAttention": (3, 2),
     }.get(growable.__name__, (3, 2) if growable.__name__.startswith("Conv") else ())
-    layer = stock(*arguments)
+    if growable.__name__.startswith("Channelwise"):
+        layer = stock(6, 2, groups=3)
+        layer.build((None, *[5] * layer.rank, 3))
+    else:
+        layer = stock(*arguments)
     assert growable_class(layer) is growable
     twin = growable.from_config(layer.get_config())
     assert twin.get_config() == layer.get_config()
     restored = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(twin))
     assert type(restored) is growable
+
+
+@pytest.mark.parametrize(
+    ("build", "reason"),
+    [
+        (lambda: layers.Conv2D(6, 3, groups=3, name="conv"), "of one group or of as many groups"),
+        (lambda: layers.Conv2D(6, 3, (1, 2), groups=6, name="conv"), "strides"),
+        (lambda: layers.Conv2D(6, 3, groups=6, activation="softmax", name="conv"), "softmax"),
+    ],
+)
+def test_grouped_convolutions_that_cannot_grow_say_why(build, reason):
+    inputs = keras.Input((6, 6, 2))
+    x = build()(layers.Conv2D(6, 1, name="before")(inputs))
+    model = tfgrow.convert(keras.Model(inputs, layers.Dense(2)(layers.Flatten()(x))))
+    site = next(site for site in tfgrow.find_sites(model) if site.name == "before")
+    assert reason in site.blocked
 
 
 def test_growable_models_save_and_load(tmp_path):

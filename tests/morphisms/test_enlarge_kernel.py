@@ -13,7 +13,7 @@ from tfgrow.capture.capture import observe, prepare_inputs
 from tfgrow.capture.execute import execute
 from tfgrow.curvature.normal import quadratic
 from tfgrow.graph.nodes import trace
-from tfgrow.morphisms import enlarge_kernel
+from tfgrow.morphisms import rings
 from tfgrow.morphisms.base import perturb_all
 from tfgrow.morphisms.registry import get, group_candidates
 from tfgrow.passes import objective
@@ -38,7 +38,7 @@ def ringed(model, seed=0, sites=None):
 
 FEW = (
     "conv_bn_relu strides_valid_flatten dilated_no_bias conv1d_causal conv3d depthwise residual "
-    "residual_stream dense_block squeeze_and_excite"
+    "as_many_groups_as_channels residual_stream dense_block squeeze_and_excite"
 ).split()
 """Paddings, strides, dilations, one to three dimensions, and paths of every kind."""
 
@@ -142,24 +142,35 @@ def test_the_gradient_written_out_is_that_of_automatic_differentiation(model):
         np.testing.assert_allclose(total, expected, rtol=1e-4)
 
 
+KINDS = {
+    "conv": lambda size: layers.Conv2D(3, size, padding="same", name="conv"),
+    "depthwise": lambda size: layers.DepthwiseConv2D(
+        size, padding="same", depth_multiplier=2, name="conv"
+    ),
+    "grouped": lambda size: layers.Conv2D(4, size, padding="same", groups=2, name="conv"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dense", [True, False])
-def test_the_closed_form_minimises_the_quadratic_at_the_response(monkeypatch, dense):
+def test_the_closed_form_minimises_the_quadratic_at_the_response(monkeypatch, dense, kind):
     """Of a net that is linear behind it, where that is the whole truth."""
     if not dense:
-        monkeypatch.setattr(enlarge_kernel, "DENSE_LIMIT", 0)
-    model = tfgrow.convert(linear_net(3))
+        monkeypatch.setattr(rings, "DENSE_LIMIT", 0)
+    model = tfgrow.convert(linear_net(3, kind))
 
     class Net:
         graph = trace(model)
         data = regression_data(model, 64)
 
     (candidate,) = ringed(model, sites=["conv"])
-    candidate = candidate.replace(theta={**candidate.theta, "length": np.zeros(3, "float32")})
+    length = np.zeros_like(candidate.theta["length"])
+    candidate = candidate.replace(theta={**candidate.theta, "length": length})
     (group,), _ = group_candidates(model, [candidate])
     captured = capture_of(Net, group.morphism.taps(group.site))
     (perturbed,) = perturb_all(captured, [group], [group.theta], fresh=False)
     sums = {**KIND.equations(captured, group, perturbed), "loss": tf.zeros(())}
-    assert ("q" in sums) == dense
+    assert ("q" in sums and len(sums["q"]) == 1) == dense
     covectors = KIND.covectors(captured, group, {}, perturbed)
 
     def change(ring):
@@ -178,9 +189,48 @@ def test_the_closed_form_minimises_the_quadratic_at_the_response(monkeypatch, de
         assert change(best) < change(scale * best)
 
 
-def linear_net(kernel_size):
+@pytest.mark.parametrize("kind", ["depthwise", "grouped"])
+def test_the_closed_form_of_every_output_by_itself(monkeypatch, kind):
+    """No other ring of one output alone is better than its own, undamped."""
+    monkeypatch.setattr(rings, "DENSE_LIMIT", 0)
+    model = tfgrow.convert(linear_net(3, kind))
+
+    class Net:
+        graph = trace(model)
+        data = regression_data(model, 64)
+
+    (candidate,) = ringed(model, sites=["conv"])
+    length = np.zeros_like(candidate.theta["length"])
+    (group,), _ = group_candidates(
+        model, [candidate.replace(theta={**candidate.theta, "length": length})]
+    )
+    captured = capture_of(Net, group.morphism.taps(group.site))
+    (perturbed,) = perturb_all(captured, [group], [group.theta], fresh=False)
+    sums = {**KIND.equations(captured, group, perturbed), "loss": tf.zeros(())}
+    best = KIND.solve(group, sums, 1e-6)["ring"].numpy()
+    covectors = KIND.covectors(captured, group, {}, perturbed)
+
+    def change(ring):
+        (effect,) = perturb_all(captured, [group], [{**group.theta, "ring": ring}], fresh=False)
+        scalars = KIND.scalars(group, covectors, effect).numpy()
+        return float(scalars[0].sum() + 0.5 * (scalars[1:] ** 2).sum())
+
+    rng = np.random.default_rng(0)
+    taps = best.shape[1]
+    for output in range(4):
+        mine = np.zeros_like(best).reshape(taps, 4)
+        mine[:, output] = best.reshape(taps, 4)[:, output]
+        here = change(mine.reshape(best.shape))
+        assert here < 0
+        for _ in range(4):
+            other = mine.copy()
+            other[:, output] += 0.1 * rng.standard_normal(taps) * np.abs(mine).max()
+            assert change(other.reshape(best.shape)) > here
+
+
+def linear_net(kernel_size, kind="conv"):
     inputs = keras.Input((8, 8, 2))
-    x = layers.Conv2D(3, kernel_size, padding="same", name="conv")(inputs)
+    x = KINDS[kind](kernel_size)(inputs)
     x = layers.Flatten(name="flatten")(x)
     return keras.Model(inputs, layers.Dense(4, name="out")(x))
 
@@ -224,13 +274,39 @@ def test_with_widening_of_the_same_layer_and_its_neighbours():
     assert model.get_layer("bottleneck").padding == "same"
 
 
-def test_the_halves_of_a_split_unit_have_its_ring():
-    model = by_name("conv_bn_relu").model()
+@pytest.mark.parametrize(
+    ("name", "enlarged"),
+    [
+        ("conv_bn_relu", ["conv1"]),
+        ("depthwise", ["dw1"]),
+        ("depthwise_1d", ["dw1"]),
+        ("as_many_groups_as_channels", ["dw1", "dw2", "dw3"]),
+    ],
+)
+def test_the_halves_of_a_split_unit_have_its_ring(name, enlarged):
+    model = by_name(name).model()
     x = inputs_of(model, 3)
-    rings = ringed(model, sites=["conv1"])
+    larger = ringed(model, sites=enlarged)
+    assert [c.site.name for c in larger] == enlarged
     splits = [get("split").scaled(c, 0.0) for c in tfgrow.candidates(model, "split")]
-    alone = outputs(applied(model, rings), x)
-    np.testing.assert_allclose(outputs(applied(model, [*rings, *splits]), x), alone, atol=1e-5)
+    alone = outputs(applied(model, larger), x)
+    np.testing.assert_allclose(outputs(applied(model, [*larger, *splits]), x), alone, atol=1e-5)
+
+
+def test_a_depthwise_convolution_is_a_place_for_its_kernel_only():
+    model = by_name("depthwise").model()
+    sites = {site.name: site for site in tfgrow.find_sites(model)}
+    assert "treats every channel by itself" in sites["dw1"].blocked
+    assert (sites["dw1"].units, sites["dw1"].resizable) == (0, False)
+    event = tfgrow.widen(model, "conv1", 2)
+    assert event.widths == {"conv1": (3, 5)}
+    event = tfgrow.apply(model, tfgrow.candidates(model, "enlarge_kernel", sites="dw1"))
+    assert model.get_layer("dw1").kernel.shape == (5, 5, 5, 1)
+    assert event.widths == {}
+    with pytest.raises(ValueError, match=r"'dw1' can't grow: .*treats every channel by itself"):
+        tfgrow.widen(model, "dw1", 2)
+    with pytest.raises(ValueError, match=r"'dw2' can't grow.*padding='valid'"):
+        tfgrow.candidates(model, "enlarge_kernel", sites="dw2")
 
 
 def test_cost_is_that_of_the_really_enlarged_model(model):

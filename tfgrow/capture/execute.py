@@ -1,9 +1,9 @@
 """Runs a model's graph in inference mode, in float32, with its inner tensors in reach.
 
 A *tap* names a tensor inside the model: `("tensor", id)` is an output of a node, `("linear",
-index)` the response of a mixing layer before its activation, `("input", index)` what a mixing layer
-reads, apart from whoever else reads the same tensor. The masks that come with what an attention
-layer reads are kept as `("query_mask", index)`, and so on; they can't be tapped.
+index)` the response of a layer with a kernel before its activation, `("input", index)` what such a
+layer reads, apart from whoever else reads the same tensor. The masks that come with what an
+attention layer reads are kept as `("query_mask", index)`, and so on; they can't be tapped.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ def tensor_tap(tensor: int) -> Tap:
 
 
 def linear_tap(node_index: int) -> Tap:
-    """The tap of a mixing layer's response, by the index of its call."""
+    """The tap of the response of a layer with a kernel, by the index of its call."""
     return ("linear", node_index)
 
 
 def input_tap(node_index: int) -> Tap:
-    """The tap of what a mixing layer reads, by the index of its call."""
+    """The tap of what a layer with a kernel reads, by the index of its call."""
     return ("input", node_index)
 
 
@@ -60,7 +60,7 @@ def execute(
         values[tensor] = pass_through(tensor_tap(tensor), value)
     for node in graph.nodes:
         args, kwargs = node.arguments(values)
-        if node.mixing:
+        if node.weighs:
             layer = node.operation
             inputs_of_layer = pass_through(input_tap(node.index), args[0])
             response = layer.linear(inputs_of_layer, **weights_of(layer))
@@ -100,7 +100,7 @@ def attention_call(node: Node, seen: Mapping[Tap, Any]) -> dict[str, Any]:
 
 
 def weights_of(layer) -> Mapping[str, Any]:
-    """A mixing layer's weights as `linear` takes them."""
+    """A layer's weights as `linear` takes them."""
     return {
         name: tf.cast(tf.convert_to_tensor(variable), tf.float32)
         for name, variable in layer.growable_variables().items()

@@ -10,7 +10,7 @@ from typing import Any
 import keras
 
 from tfgrow import _keras
-from tfgrow.layers.growable import Mixing
+from tfgrow.layers.growable import KernelLayer, Mixing
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -38,6 +38,11 @@ class Node:
     @property
     def mixing(self) -> bool:
         return isinstance(self.operation, Mixing)
+
+    @property
+    def weighs(self) -> bool:
+        """Whether it has a kernel, and a response before its activation that is linear in it."""
+        return isinstance(self.operation, KernelLayer)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

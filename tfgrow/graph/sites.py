@@ -21,7 +21,7 @@ from tfgrow.graph.nodes import Graph, Node, trace
 from tfgrow.graph.versions import version_of
 from tfgrow.layers import registry
 from tfgrow.layers.attention import Attention
-from tfgrow.layers.growable import Mixing
+from tfgrow.layers.growable import GrowableChannelwise, Mixing
 from tfgrow.layers.joins import Join, in_a_row, join_view
 from tfgrow.layers.unsupported import unsupported
 from tfgrow.types import ChannelMap
@@ -97,7 +97,8 @@ class Site:
       producer: the layer that makes the channels; the first of them if several are tied.
       producers: all nodes that make them (empty if the layer isn't called exactly once): what an
         addition or a gate ties widens together.
-      units: how many there are; 0 if tfgrow can't tell, and then the site is blocked.
+      units: how many there are; 0 if tfgrow can't tell, or none is the layer's own (of a depthwise
+        convolution), and then the site is blocked.
       steps: the layers after them, in topological order.
       leaves: the path's ends.
       blocked: None, or why the site can't be widened. The site of an attention layer always says
@@ -184,8 +185,12 @@ def sites_of(model: keras.Model, graph: Graph) -> list[Site]:
     sites, seen = [], set()
     for node in graph.nodes:
         layer = node.operation
-        known = registry.channelwise_view(layer) is not None or join_view(layer) is not None
-        if id(layer) in seen or known:
+        if id(layer) in seen:
+            continue
+        if registry.channelwise_view(layer) is not None or join_view(layer) is not None:
+            if node.weighs:
+                sites.append(_blocked(model, graph, node, _width_of_its_input(layer)))
+                seen.add(id(layer))
             continue
         seen.add(id(layer))
         if isinstance(layer, Attention):
@@ -247,7 +252,16 @@ def _blocked(model, graph: Graph, node: Node, reason: str) -> Site:
     )
 
 
+def _width_of_its_input(layer) -> str:
+    return (
+        f"layer '{layer.name}' ({type(layer).__name__}) treats every channel by itself: it is as "
+        "wide as what it reads, and grows with it (its kernel can be enlarged)"
+    )
+
+
 def _units_attribute(layer) -> int:
+    if isinstance(layer, GrowableChannelwise):
+        return 0
     units = getattr(layer, "units", getattr(layer, "filters", None))
     return units if isinstance(units, int) else 0
 

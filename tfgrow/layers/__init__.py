@@ -6,7 +6,12 @@ from tfgrow.layers.batch_normalization import BatchNormalization
 from tfgrow.layers.conv import Conv1D, Conv2D, Conv3D
 from tfgrow.layers.conv_transpose import Conv1DTranspose, Conv2DTranspose, Conv3DTranspose
 from tfgrow.layers.dense import Dense
-from tfgrow.layers.depthwise_conv import DepthwiseConv1D, DepthwiseConv2D
+from tfgrow.layers.depthwise_conv import (
+    ChannelwiseConv1D,
+    ChannelwiseConv2D,
+    DepthwiseConv1D,
+    DepthwiseConv2D,
+)
 from tfgrow.layers.einsum_dense import EinsumDense
 from tfgrow.layers.embedding import Embedding
 from tfgrow.layers.group_normalization import GroupNormalization
@@ -21,6 +26,8 @@ __all__ = [
     "Axes",
     "BatchNormalization",
     "Channelwise",
+    "ChannelwiseConv1D",
+    "ChannelwiseConv2D",
     "Conv1D",
     "Conv1DTranspose",
     "Conv2D",

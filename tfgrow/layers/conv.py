@@ -1,15 +1,14 @@
 """Conv1D, Conv2D and Conv3D, growable."""
 
-from typing import Any
-
 import keras
 import numpy as np
 from keras import ops
 
-from tfgrow.layers.growable import Axes, Enlargement, Mixing, channels_last_only
+from tfgrow.layers.growable import Axes, Mixing, channels_last_only
+from tfgrow.layers.larger_kernel import LargerKernel
 
 
-class _Conv(Mixing):
+class _Conv(LargerKernel, Mixing):
     """What the convolutions share; the Keras class beside it brings the rest."""
 
     units_attribute = "filters"
@@ -18,8 +17,8 @@ class _Conv(Mixing):
     def growth_blocked(self):
         if self.groups != 1:
             return (
-                f"layer '{self.name}' is a grouped convolution (groups={self.groups}); only "
-                "groups=1 can grow"
+                f"layer '{self.name}' is a grouped convolution (groups={self.groups}); only those "
+                "of one group or of as many groups as channels (depthwise ones) can grow"
             )
         if self.lora_enabled or getattr(self, "quantization_mode", None):
             return f"layer '{self.name}' has LoRA or quantized weights, which can't be resized"
@@ -36,48 +35,6 @@ class _Conv(Mixing):
 
     def unfold(self, inputs):
         return self._taps(inputs, self.kernel_size, self.convolution_op)
-
-    def enlargement(self, input_shape):
-        if self.growth_blocked():
-            return self.growth_blocked()
-        pointwise = all(size == 1 for size in self.kernel_size)
-        if self.padding == "valid" and not pointwise:
-            return (
-                f"layer '{self.name}' has padding='valid', so that a larger kernel would make its "
-                "output smaller; build it with padding='same'"
-            )
-        known = zip(self.kernel_size, input_shape[1:-1], strict=True)
-        if all(size is not None and taps >= 2 * size - 1 for taps, size in known):
-            return f"the kernel of layer '{self.name}' covers its whole input already"
-        larger = tuple(size + 2 for size in self.kernel_size)
-        offset = tuple(
-            self._offset(axis, size, input_shape[axis + 1]) for axis, size in enumerate(larger)
-        )
-        if None in offset:
-            return (
-                f"layer '{self.name}' strides over an input of unknown size {tuple(input_shape)}, "
-                "so that where its padding begins is unknown; give the model's input a static shape"
-            )
-        attributes: dict[str, Any] = {"kernel_size": larger}
-        if self.padding == "valid":
-            attributes["padding"] = "same"  # which for one tap is the same
-        return Enlargement(larger, tuple(at for at in offset if at is not None), attributes)
-
-    def _offset(self, axis: int, larger: int, size: int | None) -> int | None:
-        """Where the old kernel begins in one that is padded anew, along one spatial axis."""
-        if self.padding == "causal":
-            return larger - self.kernel_size[axis]
-        stride, dilation = self.strides[axis], self.dilation_rate[axis]
-        if stride == 1:
-            return (larger - self.kernel_size[axis]) // 2
-        if size is None:
-            return None
-
-        def before(taps):
-            reach = (-(-size // stride) - 1) * stride + (taps - 1) * dilation + 1
-            return max(reach - size, 0) // 2
-
-        return (before(larger) - before(self.kernel_size[axis])) // dilation
 
     def linear_enlarged(self, inputs, kernel):
         if self.padding == "causal":

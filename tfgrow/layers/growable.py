@@ -100,6 +100,12 @@ class Growable(_Base):
     variable_axes: ClassVar[Mapping[str, Axes]] = {}
     kernel_name: ClassVar[str] = "kernel"
 
+    @classmethod
+    def takes(cls, layer: keras.Layer) -> bool:
+        """Whether a layer of `stock_class` is of the kind that this class is the twin of."""
+        del layer
+        return True
+
     def growth_blocked(self) -> str | None:
         """Why this layer, as it is configured, can't take part; None if it can."""
         return None
@@ -110,7 +116,38 @@ class Growable(_Base):
         return {name: variable for name, variable in named.items() if variable is not None}
 
 
-class Mixing(Growable):
+class KernelLayer(Growable):
+    """A layer whose response is linear in its kernel: a mixing one, or a depthwise convolution."""
+
+    def linear(self, inputs, kernel, bias=None):
+        """The layer's response before its activation, with the given weights.
+
+        Args:
+          inputs: `[N, ..., in]`.
+          kernel: shaped like the layer's kernel, except that channel axes may have any size.
+          bias: `[out]` or None.
+
+        Returns:
+          `[N, ..., out]`.
+        """
+        raise NotImplementedError
+
+    def activate(self, outputs):
+        """The layer's own activation; identity when it has none."""
+        activation = getattr(self, "activation", None)
+        return outputs if activation is None else activation(outputs)
+
+    def enlargement(self, input_shape) -> Enlargement | str:
+        """The next larger kernel that leaves the output's shape alone, or why there is none."""
+        del input_shape
+        return f"layer '{self.name}' ({type(self).__name__}) has no kernel that can become larger"
+
+    def linear_enlarged(self, inputs, kernel):
+        """The response to a kernel of the larger size, without bias."""
+        raise NotImplementedError
+
+
+class Mixing(KernelLayer):
     """A layer that makes new channels out of all the channels it reads.
 
     One of your own has `variable_axes`, `linear`, `unfold`, and its width as an attribute that its
@@ -139,38 +176,11 @@ class Mixing(Growable):
         """
         return False
 
-    def linear(self, inputs, kernel, bias=None):
-        """The layer's response before its activation, with the given weights.
-
-        Args:
-          inputs: `[N, ..., in]`.
-          kernel: shaped like the layer's kernel, except that both channel axes may have any size.
-          bias: `[out]` or None.
-
-        Returns:
-          `[N, ..., out]`.
-        """
-        raise NotImplementedError
-
-    def activate(self, outputs):
-        """The layer's own activation; identity when it has none."""
-        activation = getattr(self, "activation", None)
-        return outputs if activation is None else activation(outputs)
-
     def unfold(self, inputs):
         """The inputs that each output position sees: `[N, ..., c] -> [N, c, P, T]`.
 
         With a kernel reshaped to `[T, c, O]`, `linear` is the contraction of both over `T` and `c`.
         """
-        raise NotImplementedError
-
-    def enlargement(self, input_shape) -> Enlargement | str:
-        """The next larger kernel that leaves the output's shape alone, or why there is none."""
-        del input_shape
-        return f"layer '{self.name}' ({type(self).__name__}) has no kernel that can become larger"
-
-    def linear_enlarged(self, inputs, kernel):
-        """The response to a kernel of the larger size, without bias."""
         raise NotImplementedError
 
     def unfold_enlarged(self, inputs, kernel_size):

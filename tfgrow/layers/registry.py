@@ -10,7 +10,12 @@ from tfgrow.layers.batch_normalization import BatchNormalization
 from tfgrow.layers.conv import Conv1D, Conv2D, Conv3D
 from tfgrow.layers.conv_transpose import Conv1DTranspose, Conv2DTranspose, Conv3DTranspose
 from tfgrow.layers.dense import Dense
-from tfgrow.layers.depthwise_conv import DepthwiseConv1D, DepthwiseConv2D
+from tfgrow.layers.depthwise_conv import (
+    ChannelwiseConv1D,
+    ChannelwiseConv2D,
+    DepthwiseConv1D,
+    DepthwiseConv2D,
+)
 from tfgrow.layers.einsum_dense import EinsumDense
 from tfgrow.layers.embedding import Embedding
 from tfgrow.layers.group_normalization import GroupNormalization
@@ -21,6 +26,8 @@ from tfgrow.layers.stateless import stateless_blocked, stateless_view
 
 GROWABLE_CLASSES = (
     BatchNormalization,
+    ChannelwiseConv1D,  # before Conv1D: the first that takes a layer is its twin
+    ChannelwiseConv2D,
     Conv1D,
     Conv1DTranspose,
     Conv2D,
@@ -39,12 +46,11 @@ GROWABLE_CLASSES = (
     PReLU,
 )
 
-_BY_STOCK = {growable.stock_class: growable for growable in GROWABLE_CLASSES}
-
 
 def growable_class(layer: keras.Layer) -> type[Growable] | None:
     """The growable class a stock layer is converted to; None if there is none."""
-    return _BY_STOCK.get(type(layer))
+    twins = (twin for twin in GROWABLE_CLASSES if twin.stock_class is type(layer))
+    return next((twin for twin in twins if twin.takes(layer)), None)
 
 
 def is_ours(layer: keras.Layer) -> bool:

@@ -291,14 +291,24 @@ class _LayerWork:
             self._put(name, axis, np.stack(new), source, _ones(units), _gradient_scales(units))
 
     def _made(self, name: str, axis: int, unit: NewUnit, theirs: str) -> np.ndarray:
-        """The incoming weights of a new unit, with the ring of the one it descends from."""
-        weights = np.asarray(unit.fan_in[theirs])
+        """The incoming weights of a new unit."""
+        parent = None if unit.source == NEWBORN else unit.source
+        return self._with_ring(name, axis, unit.fan_in[theirs], parent)
+
+    def _with_ring(self, name: str, axis: int, weights, source) -> np.ndarray:
+        """Weights of new units, of an enlarged kernel in its larger size.
+
+        Args:
+          name: of the variable.
+          axis: of the variable, along which units lie.
+          weights: of one unit, without that axis, or of several, with it.
+          source: the unit or units there whose ring they have, too; None if there is none.
+        """
+        weights = np.asarray(weights)
         if name != "kernel" or self._ring is None:
             return weights
-        weights = self._surrounded(weights)
-        if unit.source == NEWBORN:
-            return weights
-        return weights + np.moveaxis(self._ring, axis, 0)[unit.source]
+        larger = self._surrounded(weights)
+        return larger if source is None else larger + np.take(self._ring, source, axis)
 
     def widen_channels(self, widening: _Widening, node: Node) -> None:
         view = channelwise_view(self.layer)
@@ -321,7 +331,10 @@ class _LayerWork:
             for row, unit in enumerate(units_of(edit)):
                 if isinstance(unit, NewUnit):
                     where = resized.descent.places[owner].index[row]
-                    new[where] = np.moveaxis(unit.path[number][name], axis, 0)
+                    newborn = unit.source == NEWBORN
+                    theirs = None if newborn else resized.before[owner].index[unit.source]
+                    made = self._with_ring(name, axis, unit.path[number][name], theirs)
+                    new[where] = np.moveaxis(made, axis, 0)
                     scale[where] = unit.gradient_scale
         self._put(name, axis, new, source, np.ones(resized.size), scale)
 
