@@ -235,11 +235,16 @@ def linear_net(kernel_size, kind="conv"):
     return keras.Model(inputs, layers.Dense(4, name="out")(x))
 
 
-def test_a_lost_ring_is_found_again():
+@pytest.mark.parametrize(
+    ("kind", "dense"), [("conv", True), ("depthwise", True), ("depthwise", False), ("grouped", False)]
+)
+def test_a_lost_ring_is_found_again(monkeypatch, kind, dense):
     """A net that differs from its teacher by the ring of one kernel: the closed form finds it."""
+    if not dense:
+        monkeypatch.setattr(rings, "DENSE_LIMIT", 0)
     keras.utils.set_random_seed(0)
 
-    teacher, student = linear_net(5), tfgrow.convert(linear_net(3))
+    teacher, student = linear_net(5, kind), tfgrow.convert(linear_net(3, kind))
     kernel, bias = teacher.layers[1].get_weights()
     student.layers[1].set_weights([kernel[1:4, 1:4], bias])
     student.get_layer("out").set_weights(teacher.get_layer("out").get_weights())

@@ -157,7 +157,7 @@ def _channel_sums(gradients, dense: bool) -> dict:
         columns = tf.reshape(gradients[:, 1:], (taps, -1, outputs))
         columns = tf.transpose(columns, (2, 1, 0))  # [O, K * N, R]
         g, q = tf.transpose(total), tf.matmul(columns, columns, transpose_a=True)
-    return {"g": g, "q": q, "energy": tf.zeros(len(g)), "usual": tf.zeros(())}
+    return {"g": g, "q": q, "energy": tf.zeros(g.shape[0]), "usual": tf.zeros(())}
 
 
 def _layer(group):
