@@ -148,6 +148,20 @@ def spread(sites: Sequence[tfgrow.Site]) -> list[tfgrow.Site]:
     return [site for site in sites if site in chosen]
 
 
+def layers_that_widen(site: tfgrow.Site) -> set[str]:
+    """Layers that have more channels when a site has more units."""
+    return set(site.names) | {step.layer.name for step in site.steps}
+
+
+def layers_with_larger_kernels(site: tfgrow.Site) -> set[str]:
+    """Convolutions whose kernel can become larger, whether or not they can be widened."""
+    kind = get("enlarge_kernel")
+    if kind.reason(site) is not None:
+        return set()
+    possible = kind.candidates(site, new_units=1, seed=0)
+    return {site.producers[candidate.unit].name for candidate in possible}
+
+
 def _is_concatenated(site: tfgrow.Site) -> bool:
     return any(isinstance(step.layer, keras.layers.Concatenate) for step in site.steps)
 
@@ -268,12 +282,21 @@ class Specimen:
         every = tfgrow.find_sites(self.model)
         can = [site for site in every if site.blocked is None]
         self.sites = [site.name for site in spread(can)]
+        wider = {layer for site in can for layer in layers_that_widen(site)}
+        larger = {layer for site in every for layer in layers_with_larger_kernels(site)}
+        convolutions = [layer.name for layer in self.model.layers if "Conv" in type(layer).__name__]
         self.result |= {
             "sites": len(can),
             "layers": sum(len(site.producers) for site in can),
             "tied": sum(len(site.producers) > 1 for site in can),
             "in_a_row": sum(_is_concatenated(site) for site in can),
-            "blocked": grouped([site.blocked for site in every if site.blocked]),
+            "convolutions": len(convolutions),
+            "wider": len(wider & set(convolutions)),
+            "larger": len(larger & set(convolutions)),
+            "either": len((wider | larger) & set(convolutions)),
+            "blocked": grouped(
+                [s.blocked for s in every if s.blocked and not (wider | larger) & set(s.names)]
+            ),
             "grown": self.sites,
         }
 
@@ -314,6 +337,8 @@ class Specimen:
         before = outputs_of(self.model, self.few)
         for name, found in self.result["morphisms"].items():
             mine = [row for row, c in enumerate(self.learned) if c.morphism == name]
+            # What can't be made small is judged where it changes least of the network.
+            mine = [row for row in mine if self._can_be_scaled(row)] or mine[-1:]
             if mine:
                 with self._phase("truth"):
                     chosen = [self.learned[row] for row in mine]
@@ -323,6 +348,10 @@ class Specimen:
                     found |= against(estimated, true, self.result["loss"])
         with self._phase("truth"):
             self.result["taken back"] = difference(outputs_of(self.model, self.few), before)
+
+    def _can_be_scaled(self, row: int) -> bool:
+        candidate = self.learned[row]
+        return get(candidate.morphism).scaled(candidate, 1.0) is not None
 
     def _apply(self) -> None:
         """Small steps of as many kinds as go together, in place; then the others, each by itself.

@@ -188,13 +188,13 @@ def kinds_of(results: Sequence[Mapping[str, Any]]) -> list[str]:
 def table(results: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[Any]]]:
     """Columns and rows: a row per architecture."""
     kinds = kinds_of(results)
-    columns = ["network", "input", "parameters", "sites", "layers", "blocked", "outputs"]
-    columns += ["largest difference", *(f"{kind}: estimate/truth" for kind in kinds)]
+    columns = ["network", "input", "parameters", "sites", "layers", "convolutions", "blocked"]
+    columns += ["outputs", "largest difference", *(f"{kind}: estimate/truth" for kind in kinds)]
     columns += ["all", "seconds", "CPU seconds", "GB"]
     rows = []
     for one in results:
         row = [one["model"], *(one.get(name) for name in ("input", "params", "sites", "layers"))]
-        row += [sum(one.get("blocked", {}).values()), verdict(one)]
+        row += [_convolutions(one), sum(one.get("blocked", {}).values()), verdict(one)]
         row += [max(deviations(one).values(), default=None)]
         row += [_ratio(one.get("morphisms", {}).get(kind, {})) for kind in kinds]
         cpu = one.get("cpu_seconds")
@@ -202,6 +202,11 @@ def table(results: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[An
         row += [one.get("peak_gb")]
         rows.append(row)
     return columns, rows
+
+
+def _convolutions(one: Mapping[str, Any]) -> str | None:
+    """How many can grow, of how many."""
+    return f"{one['either']} of {one['convolutions']}" if "either" in one else None
 
 
 def _ratio(found: Mapping[str, Any]) -> str | None:
@@ -241,8 +246,11 @@ def page(results: Sequence[Mapping[str, Any]]) -> str:
         "# The zoo: growing every architecture of `keras.applications`",
         f"{len(results)} networks with random weights and {settings['images']} random images, "
         "written by `python -m experiments.zoo`. A site's layers are tied by additions or gates "
-        "and grow together. Outputs are those after converting, after edits at theta = 0 (a pruned "
-        "unit: a copy of another), after saving and loading and in the SavedModel of the grown "
+        "and grow together. Convolutions that can grow have filters to be added, have channels "
+        "that follow those of another layer, or a kernel that can be enlarged on inputs of this "
+        "size; a place is blocked where nothing of this is possible. Outputs are those after "
+        "converting, after edits at theta = 0 (a pruned unit: a copy of another), after saving and "
+        "loading and in the SavedModel of the grown "
         f"network; they are equal if they differ by at most {SAME:g} of the largest. Where an edit "
         "at theta = 0 makes them differ by more, it is applied again, alone, to a float64 copy: if "
         f"they agree to {SAME_IN_DOUBLE:g} there, the difference is float32's rounding, not an "
@@ -250,9 +258,9 @@ def page(results: Sequence[Mapping[str, Any]]) -> str:
         f"of edits at a few sites, learned for {settings['steps']} steps and scaled by "
         f"{settings['scale']:g} (by its root where the effect is of second order), "
         "on the samples they were learned on; the true change of the mean loss is in brackets. "
-        "What can only be done as a whole (removals) is estimated as a whole: with closed forms "
-        "from so few samples of an untrained network, that is no small change, and it is not "
-        "among `all`, which are those of as many kinds as can be applied at once.",
+        "What can only be done as a whole (a removal) is judged at the last of the sites: an "
+        "untrained deep network turns a change as large as that, further ahead, into anything. It "
+        "is not among `all`, which are those of as many kinds as can be applied at once.",
         tables.markdown(*table(results)),
     ]
     if stuck := [one for one in results if one.get("sites") == 0]:

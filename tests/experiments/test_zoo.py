@@ -118,6 +118,12 @@ def test_sites_are_spread():
 def test_one_network_passes_every_check(examined):
     assert not examined["errors"]
     assert (examined["sites"], examined["layers"], examined["tied"]) == (3, 4, 1)
+    assert [examined[name] for name in ("convolutions", "wider", "larger", "either")] == [
+        4,
+        4,
+        3,
+        4,
+    ]
     assert examined["blocked"] == {
         "layer '...' is an output layer: its width is the model's output": 1
     }
@@ -248,8 +254,8 @@ def test_a_real_architecture_passes_every_check():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    ["ResNet50V2", "MobileNetV2", "MobileNetV3Small", "EfficientNetV2B0", "DenseNet121",
-     "InceptionV3", "Xception", "VGG16"],
+    ["ResNet50V2", "MobileNetV2", "MobileNetV3Small", "MobileNetV3Large", "EfficientNetV2B0",
+     "DenseNet121", "InceptionV3", "Xception", "VGG16"],
 )  # fmt: skip
 def test_most_convolutions_of_real_architectures_are_in_sites(name):
     stock = specimen.built_small(specimen.architectures()[name])
@@ -258,14 +264,27 @@ def test_most_convolutions_of_real_architectures_are_in_sites(name):
     expected = np.asarray(stock(x, training=False))
     np.testing.assert_allclose(model(x, training=False), expected, atol=1e-4)
     free = [site for site in tfgrow.find_sites(model) if site.blocked is None]
-    inside = {node.name for site in free for node in site.producers}
-    convolutions = {
-        layer.name
-        for layer in model.layers
-        if isinstance(layer, tfgrow.layers.Conv2D)
-        and not isinstance(layer, tfgrow.layers.DepthwiseConv2D)
-    }
-    assert len(convolutions & inside) > 0.9 * len(convolutions)
+    inside = {layer for site in free for layer in specimen.layers_that_widen(site)}
+    mixing = (tfgrow.layers.Conv2D, tfgrow.layers.Conv2DTranspose)
+    convolutions = [layer for layer in model.layers if "Conv" in type(layer).__name__]
+    assert sum(layer.name in inside for layer in convolutions) > 0.9 * len(convolutions)
+    made = {node.name for site in free for node in site.producers}
+    own = [layer for layer in convolutions if isinstance(layer, mixing)]
+    assert sum(layer.name in made for layer in own) > 0.9 * len(own)
+
+
+@pytest.mark.slow
+def test_most_convolutions_of_convnext_can_grow():
+    """Their channels are held by LayerNormalization; it is the depthwise kernels that can grow."""
+    build = specimen.architectures()["ConvNeXtTiny"]
+    model = tfgrow.convert(build(weights=None, input_shape=(224, 224, 3), classes=10))
+    sites = tfgrow.find_sites(model)
+    larger = {layer for site in sites for layer in specimen.layers_with_larger_kernels(site)}
+    convolutions = [layer.name for layer in model.layers if "Conv" in type(layer).__name__]
+    assert len(convolutions) == 22
+    assert len(larger & set(convolutions)) == 18
+    hidden = [site for site in sites if site.blocked is None]
+    assert len(hidden) == 18, "the hidden layers of all blocks"
 
 
 def test_networks_run_side_by_side(tmp_path, monkeypatch, examined):

@@ -236,7 +236,8 @@ def linear_net(kernel_size, kind="conv"):
 
 
 @pytest.mark.parametrize(
-    ("kind", "dense"), [("conv", True), ("depthwise", True), ("depthwise", False), ("grouped", False)]
+    ("kind", "dense"),
+    [("conv", True), ("depthwise", True), ("depthwise", False), ("grouped", False)],
 )
 def test_a_lost_ring_is_found_again(monkeypatch, kind, dense):
     """A net that differs from its teacher by the ring of one kernel: the closed form finds it."""

@@ -255,7 +255,7 @@ def _blocked(model, graph: Graph, node: Node, reason: str) -> Site:
 def _width_of_its_input(layer) -> str:
     return (
         f"layer '{layer.name}' ({type(layer).__name__}) treats every channel by itself: it is as "
-        "wide as what it reads, and grows with it (its kernel can be enlarged)"
+        "wide as what it reads, and grows with it"
     )
 
 
