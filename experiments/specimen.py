@@ -342,8 +342,8 @@ class Specimen:
             if mine:
                 with self._phase("truth"):
                     chosen = [self.learned[row] for row in mine]
-                    # taken back at once: a copy of a large network takes much longer
-                    true = tfgrow.measure_change(self.model, chosen, self.batches, in_place=True)
+                    # In place, on one batch: to copy or trace a large network takes much longer.
+                    true = tfgrow.measure_change(self.model, chosen, self.data, in_place=True)
                     estimated = self.interaction.change(mine)
                     found |= against(estimated, true, self.result["loss"])
         with self._phase("truth"):

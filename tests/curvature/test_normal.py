@@ -14,6 +14,7 @@ from tfgrow.curvature.normal import (
     kronecker_sums,
     quadratic,
     scale_sums,
+    solve_factored,
     solve_sums,
     zero_sums,
 )
@@ -206,3 +207,19 @@ def test_wide_consumers_are_solved_alike_with_and_without_eigenvalues(monkeypatc
     by_cholesky = solve_sums(sums, several)
     assert by_cholesky.shape == by_eigenvalues.shape
     np.testing.assert_allclose(by_cholesky, by_eigenvalues, rtol=1e-5, atol=1e-7)
+
+
+def test_factored_damping_is_for_every_factor_and_for_many_at_once():
+    """Of one consumer: (A + r mean A)^-1 G (S + r mean S)^-1, r the root of the damping."""
+    sums = sums_of(kronecker_sums, sizes=SIZES[:1])
+    many = solve_factored(sums, np.asarray(DAMPINGS)[:, None])
+    assert many.shape[:2] == (len(DAMPINGS), UNITS)
+    s = sums["s/0"].numpy().astype("float64") / float(sums["rows/0"])
+    for damping, found in zip(DAMPINGS, many.numpy(), strict=True):
+        np.testing.assert_array_equal(solve_factored(sums, damping), found)
+        for unit in range(UNITS):
+            a = sums["a/0"][unit].numpy().astype("float64")
+            ridges = [m + np.sqrt(damping) * np.diag(m).mean() * np.eye(len(m)) for m in (a, s)]
+            g = sums["g"][unit].numpy().reshape(len(a), len(s))
+            expected = -np.linalg.inv(ridges[0]) @ g @ np.linalg.inv(ridges[1])
+            np.testing.assert_allclose(found[unit], expected.ravel(), rtol=1e-4, atol=1e-6)

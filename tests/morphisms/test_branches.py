@@ -18,6 +18,7 @@ from tfgrow.capture.capture import observe
 from tfgrow.curvature.normal import quadratic
 from tfgrow.graph.nodes import trace
 from tfgrow.graph.sites import find_sites
+from tfgrow.morphisms import branch
 from tfgrow.morphisms.base import perturb_all
 from tfgrow.morphisms.registry import get, group_candidates
 from tfgrow.passes import objective
@@ -237,3 +238,20 @@ def test_what_a_branch_is_made_for_can_not_widen_with_it():
     now = outputs(model, x)
     tfgrow.apply(model, rest)
     np.testing.assert_allclose(outputs(model, x), now, atol=1e-5)
+
+
+def test_wide_branches_need_no_eigenvalues(monkeypatch):
+    """And their last layer is still learned: the estimate is what applying it brings."""
+    monkeypatch.setattr(branch, "DENSE_LIMIT", 0)
+    monkeypatch.setattr(branch, "WIDE", 1)
+    monkeypatch.setattr(branch, "solve_sums", None)
+    model = by_name("residual_stream").model()
+    model.compile("sgd", "mse")
+    data = regression_data(model, 64)
+    estimator = tfgrow.GaussNewtonEstimator(model, curvature="exact")
+    learned = estimator.learn(tfgrow.candidates(model, ("deepen", "skip")), data, steps=8, settle=8)
+    best = min(learned, key=lambda candidate: estimator.score([candidate], data)[0])
+    small = get(best.morphism).scaled(best, 0.01)
+    estimated = estimator.score([small], data)[0]
+    assert estimated < 0
+    assert tfgrow.measure_change(model, small, data) == pytest.approx(estimated, rel=0.1)

@@ -22,10 +22,12 @@ import tensorflow as tf
 
 from tfgrow.capture.execute import tensor_tap
 from tfgrow.curvature.normal import (
+    WIDE,
     cross_damping,
     dense_sums,
     kronecker_sums,
     quadratic,
+    solve_factored,
     solve_sums,
     zero_sums,
 )
@@ -145,12 +147,11 @@ class Branch(Morphism):
         return zero_sums(1, [group.theta["last"].shape[1:]], _dense(group))
 
     def solve(self, group, sums, damping):
-        solution = solve_sums(sums, damping)
+        solution = _solver(group)(sums, damping)
         return {"last": tf.reshape(solution, group.theta["last"].shape)}
 
     def choose_damping(self, group, first, second):
-        del group
-        return cross_damping(first, second, solve_sums, quadratic)
+        return cross_damping(first, second, _solver(group), quadratic)
 
     def scaled(self, candidate, alpha):
         last = alpha * candidate.theta["last"]
@@ -162,6 +163,11 @@ class Branch(Morphism):
 
 def _dense(group) -> bool:
     return int(np.prod(group.theta["last"].shape)) <= DENSE_LIMIT
+
+
+def _solver(group) -> Callable:
+    wide = group.theta["last"].shape[-1] > WIDE
+    return solve_factored if wide and not _dense(group) else solve_sums
 
 
 def flops_at(place: Branching, weights: int) -> int:
