@@ -56,6 +56,7 @@ class Flow:
             self._parents = {producer: root for producer, root in roots if producer != root}
         self._alike_by_chance: set[int] = set()
         self._reasons: dict[int, str] = {}
+        self._coupled: dict[int, str] = {}
         for tensor, symbol in graph.tensors.items():
             self.sizes[tensor] = symbol.shape[-1] if len(symbol.shape) > 1 else None
         self._known: dict[int, Owners] | None = None
@@ -126,6 +127,11 @@ class Flow:
                 )
         return None
 
+    def coupled(self, producer: int) -> str | None:
+        """The layer for which channels can only be doubled, all that are tied; None if none is."""
+        found = (self._coupled.get(other.index) for other in self.tied(producer))
+        return next((name for name in found if name is not None), None)
+
     def name(self, producer: int) -> str:
         return self._graph.nodes[producer].name
 
@@ -187,10 +193,25 @@ class Flow:
                 "input a static shape",
             )
             return
+        if view.over_channels:
+            self._couple(node, source, size)
         self.sizes[target] = view.channel_map(whole, shape).size
         self._owners[target] = {
             owner: view.channel_map(at, shape) for owner, at in self._owners.get(source, {}).items()
         }
+
+    def _couple(self, node: Node, tensor: int, size: int) -> None:
+        """Notes that all channels of a tensor can only be doubled together."""
+        owners = self.at(tensor)
+        if len(owners) == 1 and next(iter(owners.values())).index.size == size:
+            layer = f"'{node.name}' ({type(node.operation).__name__})"
+            self._coupled.update(dict.fromkeys(owners, layer))
+            return
+        self._block_all(
+            [tensor],
+            f"the channels of {{}} reach '{node.name}' ({type(node.operation).__name__}), which "
+            "normalises over them and over channels of other layers, or of ones that can't grow",
+        )
 
     def _visit_join(self, node: Node, join: Join) -> None:
         (target,) = node.outputs

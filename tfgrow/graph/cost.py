@@ -102,7 +102,7 @@ def _extras(sites: Sequence[Site]) -> tuple[dict, dict, dict]:
     fan_out: dict[int, list] = {}
     channel: dict[tuple[int, str], list] = {}
     for site in sites:
-        if site.blocked:
+        if not site.widens:
             continue
         for node in site.producers:
             fan_out.setdefault(id(node.operation), []).append((site.name, 1))

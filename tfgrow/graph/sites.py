@@ -101,8 +101,10 @@ class Site:
         convolution), and then the site is blocked.
       steps: the layers after them, in topological order.
       leaves: the path's ends.
-      blocked: None, or why the site can't be widened. The site of an attention layer always says
-        so: its units are groups of heads, not channels.
+      blocked: None, or why the site can't be widened unit by unit. The site of an attention layer
+        always says so: its units are groups of heads, not channels.
+      doubles: whether its units can be doubled, all at once, although it is blocked: a layer of its
+        path normalises over the channels.
       version: the model's version when the site was traced.
       graph: the graph it was found in.
     """
@@ -117,6 +119,7 @@ class Site:
     version: int
     graph: Graph = dataclasses.field(repr=False)
     model: weakref.ref = dataclasses.field(repr=False)
+    doubles: bool = False
 
     @property
     def node(self) -> Node | None:
@@ -132,8 +135,13 @@ class Site:
     def resizable(self) -> bool:
         """Whether some kind of edit can change the number of its units: channels, or heads."""
         if not isinstance(self.producer, Attention):
-            return self.blocked is None
+            return self.widens
         return self.heads_blocked is None
+
+    @property
+    def widens(self) -> bool:
+        """Whether it can have more channels: unit by unit, or all doubled at once."""
+        return self.blocked is None or self.doubles
 
     @property
     def heads_blocked(self) -> str | None:
@@ -203,7 +211,7 @@ def sites_of(model: keras.Model, graph: Graph) -> list[Site]:
             continue
         site = _site(model, graph, flow, node)
         sites.append(site)
-        if site.blocked is None:
+        if site.widens:
             seen |= {id(other.operation) for other in site.producers}
     return sites
 
@@ -219,6 +227,7 @@ def _site(model, graph: Graph, flow: Flow, node: Node) -> Site:
     reason = _used_elsewhere(model, graph, node, producers, steps)
     if reason is not None:
         return _blocked(model, graph, node, reason)
+    coupled = flow.coupled(node.index)
     return Site(
         name=node.name,
         producer=node.operation,
@@ -226,10 +235,19 @@ def _site(model, graph: Graph, flow: Flow, node: Node) -> Site:
         units=node.operation.growth_units,
         steps=steps,
         leaves=leaves,
-        blocked=None,
+        blocked=None if coupled is None else _only_doubled(node, coupled),
         version=version_of(model),
         graph=graph,
         model=weakref.ref(model),
+        doubles=coupled is not None,
+    )
+
+
+def _only_doubled(node: Node, coupled: str) -> str:
+    return (
+        f"the channels of '{node.name}' reach {coupled}, which normalises over the channels, so "
+        "that a single new unit would change what the others hand on: they can only be doubled, "
+        "all at once (morphism 'double'); to let single units grow, use BatchNormalization instead"
     )
 
 

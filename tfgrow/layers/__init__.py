@@ -17,6 +17,7 @@ from tfgrow.layers.embedding import Embedding
 from tfgrow.layers.group_normalization import GroupNormalization
 from tfgrow.layers.growable import Axes, Channelwise, Growable, GrowableChannelwise, Mixing, Moments
 from tfgrow.layers.joins import register_join
+from tfgrow.layers.layer_normalization import LayerNormalization, RMSNormalization
 from tfgrow.layers.layer_scale import LayerScale
 from tfgrow.layers.prelu import PReLU
 from tfgrow.layers.stateless import register_channelwise
@@ -43,11 +44,13 @@ __all__ = [
     "GroupQueryAttention",
     "Growable",
     "GrowableChannelwise",
+    "LayerNormalization",
     "LayerScale",
     "Mixing",
     "Moments",
     "MultiHeadAttention",
     "PReLU",
+    "RMSNormalization",
     "register_blocked",
     "register_channelwise",
     "register_elementwise",

@@ -212,6 +212,10 @@ class Channelwise:
     needs_moments: ClassVar[bool] = False
     """Whether the layer keeps statistics of its input that a new unit has to be given."""
 
+    over_channels: ClassVar[bool] = False
+    """Whether what it makes of a channel depends on all of them, and stays the same if each of them
+    is there twice: they can only be doubled, all at once."""
+
     def channel_map(self, incoming: ChannelMap, input_shape) -> ChannelMap:
         """Where the channels lie on the last axis of the output, given where they lie before."""
         del input_shape

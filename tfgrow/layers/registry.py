@@ -20,6 +20,7 @@ from tfgrow.layers.einsum_dense import EinsumDense
 from tfgrow.layers.embedding import Embedding
 from tfgrow.layers.group_normalization import GroupNormalization
 from tfgrow.layers.growable import Channelwise, Growable, Mixing
+from tfgrow.layers.layer_normalization import LayerNormalization, RMSNormalization
 from tfgrow.layers.layer_scale import LayerScale
 from tfgrow.layers.prelu import PReLU
 from tfgrow.layers.stateless import stateless_blocked, stateless_view
@@ -41,9 +42,11 @@ GROWABLE_CLASSES = (
     Embedding,
     GroupNormalization,
     GroupQueryAttention,
+    LayerNormalization,
     LayerScale,
     MultiHeadAttention,
     PReLU,
+    RMSNormalization,
 )
 
 

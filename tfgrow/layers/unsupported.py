@@ -43,7 +43,7 @@ _SPARE = (
     "width then stays"
 )
 
-for _class in (layers.LayerNormalization, layers.RMSNormalization, layers.UnitNormalization):
+for _class in (layers.UnitNormalization,):
     register_blocked(
         _class,
         "which normalises over the channels, so that a new unit would change what the others hand "

@@ -312,6 +312,25 @@ class Morphism:
         raise NotImplementedError
 
 
+class OneByOne(Morphism):
+    """A morphism whose groups are one candidate: those of other places differ in shape."""
+
+    def scalars(self, group, covectors, perturbed):
+        del group
+        products = [covectors[place] * value for place, value in perturbed.values.items()]
+        sums = [tf.reduce_sum(p, list(range(2, len(p.shape)))) for p in products]
+        return tf.add_n(sums)[..., None]
+
+    def slopes(self, group, weights, covectors):
+        del group
+        return {
+            place: tf.reduce_sum(
+                tf.reshape(weights, (weights.shape[0], -1, *[1] * (len(c.shape) - 2))) * c, axis=0
+            )
+            for place, c in covectors.items()
+        }
+
+
 class AtInputs(Morphism):
     """A morphism whose perturbation lies at its units' channels of what the consumers read.
 

@@ -32,7 +32,7 @@ from tfgrow.curvature.normal import (
     zero_sums,
 )
 from tfgrow.graph.nodes import Graph, Node
-from tfgrow.morphisms.base import Morphism, Perturbed
+from tfgrow.morphisms.base import OneByOne, Perturbed
 
 DENSE_LIMIT = 1024
 """Above so many weights in the last layer, Q is Kronecker-factored."""
@@ -71,7 +71,7 @@ def once_per_site(method: Callable) -> Callable:
     return ask
 
 
-class Branch(Morphism):
+class Branch(OneByOne):
     """A branch whose last layer starts at zero. See the module's docstring."""
 
     solved = ("last",)
@@ -117,17 +117,6 @@ class Branch(Morphism):
             capture.cotangents[tensor_tap(changed)], tf.transpose(theta["last"][0]), 1
         )
         return {changed: tf.stop_gradient(pulled)}
-
-    def scalars(self, group, covectors, perturbed):
-        changed = self._place(group).changed
-        products = covectors[changed] * perturbed.values[changed]
-        return tf.reduce_sum(products, list(range(2, len(products.shape))))[..., None]
-
-    def slopes(self, group, weights, covectors):
-        changed = self._place(group).changed
-        c = covectors[changed]
-        shape = (weights.shape[0], -1, *[1] * (len(c.shape) - 2))
-        return {changed: tf.reduce_sum(tf.reshape(weights, shape) * c, axis=0)}
 
     def tangents(self, group, theta, perturbed):
         changed = self._place(group).changed

@@ -36,7 +36,7 @@ from tfgrow.capture.path import Path, take
 from tfgrow.curvature.normal import LEARNING_DAMPING
 from tfgrow.graph.channels import called_too_often
 from tfgrow.morphisms import rings
-from tfgrow.morphisms.base import Candidate, Morphism, Perturbed, cotangents_at
+from tfgrow.morphisms.base import Candidate, OneByOne, Perturbed, cotangents_at
 from tfgrow.types import Cost, Demand, KernelEdit
 
 START = 0.5
@@ -49,7 +49,7 @@ MOST_INPUTS = 2304
 """Largest number of weights of one output in a ring: beyond, its correlations fill the memory."""
 
 
-class EnlargeKernel(Morphism):
+class EnlargeKernel(OneByOne):
     """Enlarges one convolution's kernel by two in every direction. See the module's docstring."""
 
     name = "enlarge_kernel"
@@ -124,22 +124,6 @@ class EnlargeKernel(Morphism):
         return {
             leaf.tensor: take(cotangents_at(capture, leaf), _order(path, leaf))
             for leaf in site.leaves
-        }
-
-    def scalars(self, group, covectors, perturbed):
-        del group
-        products = [covectors[place] * value for place, value in perturbed.values.items()]
-        return tf.add_n([tf.reduce_sum(p, list(range(2, len(p.shape)))) for p in products])[
-            ..., None
-        ]
-
-    def slopes(self, group, weights, covectors):
-        del group
-        return {
-            place: tf.reduce_sum(
-                tf.reshape(weights, (weights.shape[0], -1, *[1] * (len(c.shape) - 2))) * c, axis=0
-            )
-            for place, c in covectors.items()
         }
 
     def tangents(self, group, theta, perturbed):

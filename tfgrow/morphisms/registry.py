@@ -17,6 +17,7 @@ from tfgrow.morphisms.add import Add
 from tfgrow.morphisms.add_group import AddGroup
 from tfgrow.morphisms.base import Candidate, Group, Morphism
 from tfgrow.morphisms.deepen import Deepen
+from tfgrow.morphisms.double import Double
 from tfgrow.morphisms.enlarge_kernel import EnlargeKernel
 from tfgrow.morphisms.heads import AddHeads, Heads, PruneHeads
 from tfgrow.morphisms.prune import Prune
@@ -31,6 +32,7 @@ MORPHISMS: dict[str, Morphism] = {
         Add(),
         AddGroup(),
         Prune(),
+        Double(),
         EnlargeKernel(),
         Deepen(),
         Skip(),
