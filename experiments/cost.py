@@ -382,8 +382,8 @@ def network(data: datasets.Dataset, factor: float, options: Any) -> keras.Model:
 def _widths(data: datasets.Dataset, options) -> list[int]:
     if options.widths:
         return models.parse_widths(options.widths)
-    if options.model == "mlp":
-        return list(models.VARIANTS["mlp"].widths)
+    if options.model in ("mlp", "vit"):
+        return list(models.VARIANTS[options.model].widths)
     return list(CIFAR_WIDTHS if min(data.input_shape[:2]) >= 28 else SMALL_WIDTHS)
 
 

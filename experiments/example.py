@@ -40,7 +40,8 @@ def define_flags(values: flags.FlagValues, **defaults: Any) -> None:
 
     Args:
       values: where.
-      **defaults: `run`, `max_params`, `growth_per_step`, `epochs`, `every` and `learning_rate`.
+      **defaults: `run`, `max_params`, `growth_per_step`, `epochs`, `every`, `learning_rate` and
+        `morphisms`.
     """
     into: dict[str, Any] = {"flag_values": values}
 
@@ -53,7 +54,7 @@ def define_flags(values: flags.FlagValues, **defaults: Any) -> None:
     number("epochs", "Epochs.", 2)
     number("every", "Grow every so many epochs.", 1)
     number("learning_rate", "Learning rate at the start.", 1e-9)
-    flags.DEFINE_list("morphisms", ["split", "add"], "Kinds of edits to consider.", **into)
+    flags.DEFINE_list("morphisms", defaults["morphisms"], "Kinds of edits to consider.", **into)
     flags.DEFINE_integer("batch_size", 64, "Samples per training step.", lower_bound=1, **into)
     flags.DEFINE_integer("seed", 0, "Seed of everything random.", 0, 2**31 - 1, **into)
     flags.DEFINE_string("output_dir", "saved_models", "Where runs are written.", **into)

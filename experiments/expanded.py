@@ -70,25 +70,31 @@ def true_changes(
 ) -> np.ndarray:
     """What `tfgrow.measure_change` says of each candidate alone, `[n]`, at a fraction of its time.
 
-    All expansions of one site by one unit have the same shapes: the first one's network is traced,
-    and takes the weights of the others in turn.
+    Most expansions of one site have the same weights in the same layers: the first one's network is
+    traced, and takes the weights of the others in turn.
 
     Args:
       model: the growable model, left untouched.
-      candidates: learned ones of it that add one unit each; those of a site stand together.
+      candidates: learned ones of it, of any kind; those of a site and kind stand together.
       data: `(x, y)` arrays.
       progress: called with (candidates done, candidates in all).
     """
     before = Loss(model, data)()
-    changes, site, loss = np.empty(len(candidates)), None, None
+    changes, loss = np.empty(len(candidates)), None
     for number, candidate in enumerate(candidates):
         grown = expand(model, [candidate])
-        if loss is None or candidate.site.name != site:
-            site, loss = candidate.site.name, Loss(grown, data)
-            gc.collect()  # models are cycles: the last site's would pile up
+        # What else a site's edits may differ in shows there: new layers are named by their places.
+        if loss is None or _form(grown) != _form(loss.model):
+            loss = Loss(grown, data)
+            gc.collect()  # models are cycles: the last one's would pile up
         else:
             loss.model.set_weights(grown.get_weights())
         changes[number] = loss() - before
         if progress is not None:
             progress(number + 1, len(candidates))
     return changes
+
+
+def _form(model: keras.Model) -> list[tuple[str, tuple[int, ...]]]:
+    """Where the weights of a model are, and their shapes."""
+    return [(weight.path, tuple(weight.shape)) for weight in model.weights]

@@ -34,6 +34,7 @@ from experiments.progress import Progress
 from tfgrow.morphisms.registry import MORPHISMS
 
 CIFAR_WIDTHS = (8, 8, 16, 16, 32, 32)
+CIFAR_HEADS = (8, 32, 8, 32)
 SMALL_WIDTHS = (4, 4, 8, 8, 16, 16)
 CURVATURES = ("exact", "sampled", "empirical")
 SET_SIZE = 16
@@ -256,9 +257,12 @@ def _epochs(options: Any) -> int:
 def _widths(net: str, data: datasets.Dataset, given: list[str] | None) -> list[int] | None:
     if given:
         return models.parse_widths(given)
+    large = min(data.input_shape[:2]) >= 28
+    if net == "vit":
+        return list(CIFAR_HEADS) if large else None
     if net == "mlp":
         return None
-    return list(CIFAR_WIDTHS if min(data.input_shape[:2]) >= 28 else SMALL_WIDTHS)
+    return list(CIFAR_WIDTHS if large else SMALL_WIDTHS)
 
 
 def report(net: str, result: dict[str, Any], folder: Path) -> None:

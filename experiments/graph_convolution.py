@@ -107,6 +107,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
         epochs=24,
         every=3,
         learning_rate=0.01,
+        morphisms=["split", "add"],
     )
     flags.DEFINE_integer(
         "rumours", 4000, "Rumours to learn from.", lower_bound=64, flag_values=values

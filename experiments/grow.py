@@ -49,7 +49,7 @@ OTHER_DEFAULTS: dict[str, Any] = {
     "widths": None,
 }
 # The names of experiments.models, which takes seconds to import.
-MODELS = ("vgg", "mlp", "resnet", "vgg_no_bn", "vgg_gelu", "vgg_flatten")
+MODELS = ("vgg", "mlp", "resnet", "vit", "vgg_no_bn", "vgg_gelu", "vgg_flatten")
 CURVATURES = ("auto", "exact", "sampled", "empirical")
 OPTIMIZERS = ("adagrad", "adam", "adamw", "lion", "rmsprop", "sgd")
 # Flags that go on under their own names.
@@ -86,13 +86,14 @@ flags.DEFINE_enum(
     "model",
     "vgg",
     MODELS,
-    "Seed network: pairs of 3x3 convolutions (vgg and its variants), Dense layers (mlp), or "
-    "residual blocks (resnet).",
+    "Seed network: pairs of 3x3 convolutions (vgg and its variants), Dense layers (mlp), "
+    "residual blocks (resnet), or transformer blocks (vit).",
 )
 flags.DEFINE_list(
     "widths",
     None,
-    "Units per layer of the seed network, or per residual block, such as 4,4,8,8 "
+    "Units per layer of the seed network, or per residual block (heads and feed-forward units per "
+    "transformer block), such as 4,4,8,8 "
     "(default: 3,3,6,6 for a vgg on digits, else the model's own).",
 )
 flags.DEFINE_integer(

@@ -25,6 +25,15 @@ would judge a network whose statistics are those of earlier weights."""
 RESNET_STREAMS = (8, 12, 16)
 """Channels of the residual stream per stage: fixed, only the widths inside the blocks grow."""
 
+VIT_STREAM = 32
+"""Channels of the transformer's residual stream: fixed, heads and feed-forward layers grow."""
+
+VIT_KEY_DIM = 8
+"""Channels per head."""
+
+VIT_ROWS = 8
+"""About so many rows of patches are cut from an image, of at least 2x2 pixels each."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
@@ -32,12 +41,15 @@ class Variant:
 
     Attributes:
       family: `"vgg"` (pairs of 3x3 convolutions, a max-pool after each pair), `"mlp"` (Flatten and
-        Dense layers) or `"resnet"` (residual blocks of two 3x3 convolutions).
-      widths: units per layer (vgg, mlp), or inside each block (resnet).
-      batch_norm: whether a BatchNormalization follows each mixing layer.
+        Dense layers), `"resnet"` (residual blocks of two 3x3 convolutions) or `"vit"` (pre-norm
+        transformer blocks on patches).
+      widths: units per layer (vgg, mlp), or inside each block (resnet); per block of a vit two:
+        attention heads, and units of the feed-forward layer.
+      batch_norm: whether a BatchNormalization follows each mixing layer; a vit has none.
       activation: any Keras activation that acts channel by channel, e.g. `"relu"`, `"gelu"`.
       head: `"gap"` (global average pooling, then the output layer) or `"flatten"` (Flatten, a
-        hidden Dense layer as wide as the last convolution, then the output layer).
+        hidden Dense layer as wide as the last convolution, then the output layer), of vgg and
+        resnet.
     """
 
     family: str
@@ -56,6 +68,7 @@ VARIANTS = {
     "vgg_flatten": Variant("vgg", _CONV_WIDTHS, head="flatten"),
     "mlp": Variant("mlp", (16, 16), batch_norm=False),
     "resnet": Variant("resnet", _CONV_WIDTHS),
+    "vit": Variant("vit", (4, 16, 4, 16), batch_norm=False, activation="gelu"),
 }
 
 
@@ -94,7 +107,8 @@ def build(
       name: one of `variants()`.
       input_shape: `(height, width, channels)` of an image.
       num_classes: units of the output layer.
-      widths: units per layer, or per residual block; the variant's by default.
+      widths: units per layer, or per residual block, or heads and units per transformer block;
+        the variant's by default.
       seed: seed of the initial weights (equal seeds give equal weights) and of the augmentation.
       batch_norm: overrides the variant's, see `Variant`.
       activation: overrides the variant's.
@@ -135,6 +149,11 @@ def _variant(name: str, widths: Sequence[int] | None, *settings: Any) -> Variant
     variant = dataclasses.replace(VARIANTS[name], **given)
     if not variant.widths or min(variant.widths) < 1:
         raise ValueError(f"Model {name!r} needs positive widths, found {variant.widths}.")
+    if variant.family == "vit" and len(variant.widths) % 2:
+        raise ValueError(
+            f"Model {name!r} takes two widths per block, heads and feed-forward units, such as "
+            f"4,16,4,16. Found: {variant.widths}."
+        )
     if variant.head not in ("gap", "flatten"):
         raise ValueError(f"Unknown head {variant.head!r}; expected 'gap' or 'flatten'.")
     return variant
@@ -165,6 +184,22 @@ class _Layers:
             kernel_initializer=keras.initializers.HeNormal(self._seed()),
             name=name,
         )(x)
+
+    def attention(self, x: Any, heads: int, name: str) -> Any:
+        layer = keras.layers.MultiHeadAttention(heads, VIT_KEY_DIM, name=name)
+        made = layer(x, x)
+        # One seeded initializer would start queries, keys and values as the same projection.
+        for weight in layer.trainable_weights:
+            if weight.name == "kernel":
+                weight.assign(keras.initializers.GlorotUniform(self._seed())(weight.shape))
+        return made
+
+    def positions(self, x: Any, name: str) -> Any:
+        """A learned vector for each token of `[N, tokens, channels]`."""
+        numbers = keras.ops.cumsum(keras.ops.ones_like(x[:, :, 0], dtype="int32"), axis=1) - 1
+        # As large as the patches: of the usual 0.02 little is heard in a short training.
+        start = keras.initializers.RandomNormal(stddev=0.3, seed=self._seed())
+        return keras.layers.Embedding(*x.shape[1:], start, name=name)(numbers)
 
     def norm(self, x: Any, name: str) -> Any:
         if not self.variant.batch_norm:
@@ -247,8 +282,27 @@ def _block(layers: _Layers, x: Any, inner: int, stream: int, name: str) -> Any:
     return layers.activate(keras.layers.Add(name=f"{name}_add")([y, shortcut]), f"{name}_act2")
 
 
+def _vit(layers: _Layers, x: Any) -> Any:
+    size = max(2, min(x.shape[1:3]) // VIT_ROWS)
+    x = layers.conv(x, VIT_STREAM, "patches", size, strides=size)
+    x = keras.layers.Reshape((-1, VIT_STREAM), name="tokens")(x)
+    x = keras.layers.Add(name="placed")([x, layers.positions(x, "positions")])
+    widths = iter(layers.variant.widths)
+    for number, (heads, units) in enumerate(zip(widths, widths, strict=True), start=1):
+        y = keras.layers.LayerNormalization(name=f"attention_norm{number}")(x)
+        y = layers.attention(y, heads, f"attention{number}")
+        x = keras.layers.Add(name=f"attention_add{number}")([x, y])
+        y = keras.layers.LayerNormalization(name=f"feed_forward_norm{number}")(x)
+        y = layers.dense(y, units, f"feed_forward{number}", batch_norm=False)
+        y = layers.activate(y, f"act{number}")
+        y = layers.dense(y, VIT_STREAM, f"back{number}", batch_norm=False)
+        x = keras.layers.Add(name=f"feed_forward_add{number}")([x, y])
+    x = keras.layers.LayerNormalization(name="norm")(x)
+    return keras.layers.GlobalAveragePooling1D(name="gap")(x)
+
+
 def _can_halve(x: Any) -> bool:
     return min(x.shape[1:3]) >= SMALLEST_TO_POOL
 
 
-_FAMILIES = {"vgg": _vgg, "mlp": _mlp, "resnet": _resnet}
+_FAMILIES = {"vgg": _vgg, "mlp": _mlp, "resnet": _resnet, "vit": _vit}

@@ -1,7 +1,7 @@
 r"""A transformer that grows: it guesses which word is missing from a sentence.
 
     python -m experiments.text_classifier
-    python -m experiments.text_classifier --feed_forward=1 --max_params=9000
+    python -m experiments.text_classifier --heads=2 --max_params=12000
 
 The sentences are those of Python's own reference (`pydoc_data.topics`, what `help()` shows), which
 ships with Python. One word of eight ("the", "of", "if"...) is taken out; the network sees up to
@@ -46,7 +46,7 @@ def transformer(
         attention = layers.MultiHeadAttention(heads, key_dim, name=f"attention{number}")
         x = layers.Add()([x, attention(normed, normed)])
         normed = layers.LayerNormalization(name=f"feed_forward_norm{number}")(x)
-        # These units grow; `back` reads more of them, and its own width stays.
+        # The heads grow, and these units; `back` reads more of them, and its own width stays.
         hidden = layers.Dense(feed_forward, "gelu", name=f"feed_forward{number}")(normed)
         x = layers.Add()([x, layers.Dense(width, name=f"back{number}")(hidden)])
     x = layers.GlobalAveragePooling1D()(layers.LayerNormalization(name="norm")(x))
@@ -108,11 +108,12 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     example.define_flags(
         values,
         run="missing-word",
-        max_params=8_000,
+        max_params=10_000,
         growth_per_step=0.5,
         epochs=12,
         every=2,
         learning_rate=5e-3,
+        morphisms=["split", "add", "heads", "add_heads"],
     )
     flags.DEFINE_integer(
         "vocabulary", 400, "Words that are told apart.", lower_bound=10, flag_values=values

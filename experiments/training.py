@@ -115,8 +115,8 @@ def seed_network(
 
 
 def open_widths(model: keras.Model) -> dict[str, int]:
-    """Units of every site that can grow, in the order of the network."""
-    return {site.name: site.units for site in tfgrow.find_sites(model) if site.blocked is None}
+    """Units of every site that can grow, channels or heads, in the order of the network."""
+    return {site.name: site.units for site in tfgrow.find_sites(model) if site.resizable}
 
 
 def make_oracle(

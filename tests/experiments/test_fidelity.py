@@ -51,6 +51,43 @@ def test_true_changes_are_those_of_measure_change(network, learned, digits):
         np.testing.assert_array_equal(value, old)
 
 
+def test_true_changes_of_heads(digits):
+    keras.utils.set_random_seed(0)
+    model = models.build("vit", digits.input_shape, 10, widths=(2, 2))
+    model.compile("adam", "sparse_categorical_crossentropy")
+    model.fit(digits.as_dataset("train", 32), epochs=1, shuffle=False, verbose=0)
+    model = tfgrow.convert(model)
+    found = tfgrow.candidates(model, ("heads", "add_heads", "prune_heads"), new_units=1)
+    estimator = tfgrow.GaussNewtonEstimator(model)
+    learned = estimator.learn(found, (digits.x_train, digits.y_train), steps=1, settle=2)
+    data = digits.x_val, digits.y_val
+    changes = expanded.true_changes(model, learned, data)
+    slow = [tfgrow.measure_change(model, [candidate], data) for candidate in learned]
+    np.testing.assert_allclose(changes, slow, atol=2e-6)
+    assert np.std(slow) > 1e-3, "the candidates must differ for this to tell anything"
+
+
+def test_true_changes_of_branches_that_only_differ_in_their_source():
+    inputs = keras.Input((4,))
+    x = inputs
+    for number in range(3):
+        x = keras.layers.Dense(4, "tanh", name=f"hidden{number}")(x)
+    outputs = keras.layers.Dense(2, "softmax", name="out")(x)
+    model = tfgrow.convert(keras.Model(inputs, outputs))
+    model.compile("adam", "sparse_categorical_crossentropy")
+    rng = np.random.default_rng(0)
+    data = rng.standard_normal((16, 4)).astype("f"), rng.integers(0, 2, 16)
+    found = [
+        c.replace(theta={"last": rng.standard_normal((4, 4)).astype("f")})
+        for c in tfgrow.candidates(model, "skip")
+    ]
+    sites = [candidate.site.name for candidate in found]
+    assert len(set(sites)) < len(sites)
+    slow = [tfgrow.measure_change(model, [candidate], data) for candidate in found]
+    assert np.std(slow) > 1e-3
+    np.testing.assert_allclose(expanded.true_changes(model, found, data), slow, atol=2e-6)
+
+
 def test_expand_applies_to_an_uncompiled_copy(network, learned):
     grown = expanded.expand(network, [learned[0], learned[-1]])
     assert not grown.compiled

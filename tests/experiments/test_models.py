@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 
+import tfgrow
 from experiments import models
 
 SHAPES = [(8, 8, 1), (28, 28, 1), (32, 32, 3)]
@@ -62,6 +63,29 @@ def test_resnet_widths_are_inside_the_blocks():
     assert kinds(model).count("Add") == 4
     small = models.build("resnet", (8, 8, 1), 10)
     assert small.get_layer("gap").input.shape == (None, 4, 4, 16)
+
+
+def test_vit_widths_are_heads_and_feed_forward_units():
+    model = models.build("vit", (32, 32, 3), 10, widths=(3, 10, 2, 6))
+    assert [model.get_layer(f"attention{i}").num_heads for i in (1, 2)] == [3, 2]
+    assert [model.get_layer(f"feed_forward{i}").units for i in (1, 2)] == [10, 6]
+    assert model.get_layer("tokens").output.shape == (None, 64, 32)
+    assert models.build("vit", (8, 8, 1), 10).get_layer("tokens").output.shape == (None, 16, 32)
+    with pytest.raises(ValueError, match=r"two widths per block.*Found: \(3, 10, 2\)"):
+        models.build("vit", (8, 8, 1), 10, widths=(3, 10, 2))
+
+
+def test_vit_sees_where_a_patch_lies():
+    model = models.build("vit", (8, 8, 1), 10)
+    x = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 1))
+    moved = np.roll(x, 2, axis=1)  # the same patches, each in another place
+    assert np.abs(model(x) - model(moved)).max() > 1e-2
+
+
+def test_heads_and_feed_forward_units_of_a_vit_grow():
+    model = tfgrow.convert(models.build("vit", (8, 8, 1), 10))
+    sites = {site.name: site.units for site in tfgrow.find_sites(model) if site.resizable}
+    assert sites == {"attention1": 4, "feed_forward1": 16, "attention2": 4, "feed_forward2": 16}
 
 
 def test_variants_differ_as_they_say():

@@ -334,17 +334,24 @@ def test_what_stands_in_lowers_the_squares_it_is_made_for():
     sums = kind.equations(captured, group, None)
 
     def squares(theta):
+        """Of the whole curvature, and of the same with each position by itself."""
         (effect,) = perturb_all(captured, [group], [theta], fresh=False)
         covectors = kind.covectors(captured, group, theta, effect)
-        return (kind.scalars(group, covectors, effect).numpy()[1:] ** 2).sum(axis=(0, 1))
+        whole = (kind.scalars(group, covectors, effect).numpy()[1:] ** 2).sum(axis=(0, 1))
+        ((place, change),) = effect.values.items()
+        columns = covectors[place].numpy()[1:]
+        usual = np.einsum("kbtnd,kbtne->nde", columns, columns) / np.prod(change.shape[:2])
+        apart = np.einsum("btnd,nde,btne->n", change, usual, change)
+        return whole + module.BLEND * apart
 
     best = {k: v.numpy() for k, v in kind.solve(group, sums, 1e-6).items()}
     least = squares(best)
     assert (least < 0.9 * squares(group.theta)).all()
     rng = np.random.default_rng(0)
     for _ in range(5):
-        other = {k: v + 0.1 * rng.standard_normal(v.shape).astype("f") for k, v in best.items()}
-        assert (squares(other) > least).all()
+        way = {k: 0.01 * rng.standard_normal(v.shape).astype("f") for k, v in best.items()}
+        for sign in (1, -1):
+            assert (squares({k: v + sign * way[k] for k, v in best.items()}) > least).all()
 
 
 def test_heads_removed_together_pass_on_what_they_stand_for():

@@ -10,8 +10,8 @@ through the softmax, and linearised at the layer's output.
   quadratic in phi, which has the closed form of `tfgrow.morphisms.add`.
 * `"prune_heads"` takes a unit away. The other units' contexts and a constant stand in for its own,
   folded into their output projections and the output's bias: D = (sum_j c_j S_j + s - c) W. S is
-  least squares in the Gauss-Newton metric. (The gradient is left out of it: to follow that is to
-  train the other units, and says nothing of the one that goes.)
+  least squares in a Gauss-Newton metric in which little cancels (see `BLEND`). The gradient is left
+  out of it: to follow that is to train the other units, and says nothing of the one that goes.
 
 Source: Lawton et al., arXiv 2411.05855, after `split`, `add` and `prune`; that many heads can go:
 Michel et al. 2019 (arXiv 1905.10650).
@@ -46,6 +46,15 @@ START = 0.5
 
 DENSE_LIMIT = 1024
 """Above so many output weights of a unit, or shares of what stands in for it, Q is factored."""
+
+BLEND = 3.0
+"""Weight of the factored curvature beside the whole one in the least squares of what stands in.
+
+That errors of a stand-in at one position cancel those at another holds only as far as the network
+is linear: a least squares that does not rely on it is truer, and no worse. 16 heads of a small
+transformer on CIFAR-10, median relative error of the estimate and mean real change of the loss:
+10.2 % and 0.0144 at 0, 7.8 % and 0.0140 at 1, 6.7 % and 0.0140 at 3, 5.1 % and 0.0143 at 10.
+"""
 
 SAMPLES = 32
 """So many samples of a batch are enough to tell how large Q is where it is factored."""
@@ -253,19 +262,32 @@ class PruneHeads(OfHeads):
         flat = _flat_contexts(capture, group.site)
         seen = tf.concat([flat, tf.ones_like(flat[..., :1])], axis=-1)  # [N, T, F]
         columns = self.covectors(capture, group, {}, perturbed)[_output(group.site)][1:]
+        rows = tf.reshape(seen, (-1, seen.shape[2]))
         if _shares_are_dense(group):
             slopes = tf.einsum("btf,kbtnd->nkbfd", seen, columns)
             slopes = tf.reshape(slopes, (len(group.units), -1, seen.shape[2] * columns.shape[4]))
-            return {"q": tf.matmul(slopes, slopes, transpose_a=True)}
+            return {
+                "q": tf.matmul(slopes, slopes, transpose_a=True),
+                "a": tf.matmul(rows, rows, transpose_a=True),
+                "s": tf.einsum("kbtnd,kbtne->nde", columns, columns),
+                "rows": tf.cast(tf.shape(rows)[0], tf.float32),
+            }
         weight = tf.reduce_sum(columns**2, axis=[0, 4])  # how much each row matters, [N, T, n]
-        rows = tf.reshape(seen, (-1, seen.shape[2]))
         weighted = tf.reshape(weight, (-1, 1, len(group.units))) * rows[:, :, None]
         return {"q": tf.einsum("rfn,rg->nfg", weighted, rows)}
 
     def no_equations(self, group):
         units, depth, _ = _shape(group.site)
-        size = (units * depth + 1) * (depth if _shares_are_dense(group) else 1)
-        return {"q": tf.zeros((len(group.units), size, size)), "loss": tf.zeros(())}
+        count, size = len(group.units), units * depth + 1
+        if not _shares_are_dense(group):
+            return {"q": tf.zeros((count, size, size)), "loss": tf.zeros(())}
+        return {
+            "q": tf.zeros((count, size * depth, size * depth)),
+            "a": tf.zeros((size, size)),
+            "s": tf.zeros((count, depth, depth)),
+            "rows": tf.zeros(()),
+            "loss": tf.zeros(()),
+        }
 
     def solve(self, group, sums, damping):
         depth = _shape(group.site)[1]
@@ -421,7 +443,7 @@ def _fixed_and_free(group) -> tuple[np.ndarray, np.ndarray]:
 
 def _stand_in(group, sums: Mapping, damping):
     """The least squares `[n, W, R]`, what is subtracted included; `[D, n, W, R]` of `[D, 1]`."""
-    q = tf.cast(sums["q"], tf.float64)
+    q = _blended(sums)
     fixed, free = _fixed_and_free(group)
     inner = q * free[:, :, None] * free[:, None, :]
     pull = -free[:, :, None] * tf.matmul(q, fixed)
@@ -435,6 +457,15 @@ def _stand_in(group, sums: Mapping, damping):
         return tf.linalg.cholesky_solve(factor, pull) * free[:, :, None] + fixed
 
     return solve(ridge) if ridge.shape.rank == 1 else tf.stack([*map(solve, tf.unstack(ridge))])
+
+
+def _blended(sums: Mapping):
+    """The curvature that the least squares are taken in; see `BLEND`."""
+    if "a" not in sums:  # factored as it is: each row by itself
+        return tf.cast(sums["q"], tf.float64)
+    q, a, s, rows = (tf.cast(sums[name], tf.float64) for name in ("q", "a", "s", "rows"))
+    factored = tf.einsum("fg,nde->nfdge", tf.math.divide_no_nan(a, rows), s)
+    return q + BLEND * tf.reshape(factored, tf.shape(q))
 
 
 def _change(group, sums: Mapping, found) -> np.ndarray:
