@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import tensorflow as tf
 
+from tfgrow.curvature.sketch import SKETCH, SKETCHED, sketch, solve_by_sketch
+
 DAMPINGS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 """Dampings relative to the mean diagonal of Q, tried by `cross_damping`, in ascending order."""
 
@@ -68,14 +70,20 @@ def zero_sums(units: int, sizes: Sequence[tuple[int, int]], dense: bool) -> dict
         return {**sums, "q": tf.zeros((units, weights, weights))}
     for index, (a, o) in enumerate(sizes):
         sums[f"a/{index}"] = tf.zeros((units, a, a))
-        sums[f"s/{index}"] = tf.zeros((o, o))
+        if o > SKETCHED:
+            sums[f"y/{index}"] = tf.zeros((SKETCH, o))
+        else:
+            sums[f"s/{index}"] = tf.zeros((o, o))
         sums[f"rows/{index}"] = tf.zeros(())
     return sums
 
 
 def scale_sums(sums: Sums, factor: float) -> dict[str, tf.Tensor]:
     """Sums whose data count `factor` as much: forgets slowly what earlier batches said."""
-    return {name: factor * value for name, value in sums.items()}
+    return {
+        name: (factor**0.5 if name.startswith("y/") else factor) * value
+        for name, value in sums.items()
+    }
 
 
 def dense_sums(seen: Sequence, cotangents: Sequence) -> dict[str, tf.Tensor]:
@@ -88,14 +96,20 @@ def dense_sums(seen: Sequence, cotangents: Sequence) -> dict[str, tf.Tensor]:
 
 
 def kronecker_sums(seen: Sequence, cotangents: Sequence) -> dict[str, tf.Tensor]:
-    """Sums of one batch with Q factored per consumer, `Q ~ A x S` (Grosse & Martens 2016)."""
+    """Sums of one batch with Q factored per consumer, `Q ~ A x S` (Grosse & Martens 2016).
+
+    Of consumers of very many outputs, S is kept as a sketch `y/...`.
+    """
     parts, sums = [], {}
     for index, (u, c) in enumerate(zip(seen, cotangents, strict=True)):
         total = tf.einsum("inpa,ipo->nao", u, c[0])
         parts.append(tf.reshape(total, (-1, total.shape[1] * total.shape[2])))
         rows = tf.reshape(c[1:], (-1, c.shape[-1]))
         sums[f"a/{index}"] = tf.einsum("inpa,inpb->nab", u, u)
-        sums[f"s/{index}"] = tf.matmul(rows, rows, transpose_a=True)
+        if c.shape[-1] > SKETCHED:
+            sums[f"y/{index}"] = sketch(rows)
+        else:
+            sums[f"s/{index}"] = tf.matmul(rows, rows, transpose_a=True)
         sums[f"rows/{index}"] = tf.cast(tf.size(c[0]) / c.shape[-1], tf.float32)
     return {"g": tf.concat(parts, axis=-1), **sums}
 
@@ -197,23 +211,30 @@ def quadratic_at(g, q, x):
 
 def _solve_kronecker(g, sums, damping):
     parts, start = [], 0
-    for index in range(sum(1 for name in sums if name.startswith("a/"))):
-        a, s = _kronecker_factors(sums, index)
-        size = a.shape[-1] * s.shape[-1]
-        block = tf.reshape(g[:, start : start + size], (-1, a.shape[-1], s.shape[-1]))
+    for index in range(_consumers(sums)):
+        a, outputs = tf.cast(sums[f"a/{index}"], tf.float64), _outputs_factor(sums, index)
+        size = a.shape[-1] * outputs.shape[-1]
+        block = tf.reshape(g[:, start : start + size], (-1, a.shape[-1], outputs.shape[-1]))
         start += size
         mean = tf.reduce_mean(tf.linalg.diag_part(a), axis=-1)
-        mean *= tf.reduce_mean(tf.linalg.diag_part(s))
+        mean *= outputs_trace(sums, index) / outputs.shape[-1]
         ridge = tf.maximum(damping * mean, 1e-30)
         a_values, a_vectors = _eigh(a)
         rotated = tf.einsum("nab,nao->nbo", a_vectors, block)
-        few = (ridge.shape.num_elements() or np.inf) * a.shape[-1] <= FEW_SYSTEMS
-        solve = _solve_by_cholesky if few and s.shape[-1] > WIDE else _solve_by_eigenvalues
+        solve = _outputs_solver(sums, index, (ridge.shape.num_elements() or np.inf) * a.shape[-1])
         solved = -tf.einsum(
-            "nab,...nbo->...nao", a_vectors, solve(tf.nn.relu(a_values), s, ridge, rotated)
+            "nab,...nbo->...nao", a_vectors, solve(tf.nn.relu(a_values), outputs, ridge, rotated)
         )
         parts.append(tf.reshape(solved, (*ridge.shape, size)))
     return tf.concat(parts, axis=-1)
+
+
+def _outputs_solver(sums, index: int, systems: float) -> Callable:
+    """How systems with a consumer's S are solved soonest."""
+    if f"y/{index}" in sums:
+        return solve_by_sketch
+    wide = sums[f"s/{index}"].shape[-1] > WIDE
+    return _solve_by_cholesky if systems <= FEW_SYSTEMS and wide else _solve_by_eigenvalues
 
 
 def _eigh(matrix):
@@ -243,9 +264,22 @@ def _solve_by_cholesky(a_values, s, ridge, right):
     return tf.reshape(solved, (*ridge.shape, a_values.shape[-1], outputs))
 
 
-def _kronecker_factors(sums, index):
-    a = tf.cast(sums[f"a/{index}"], tf.float64)
-    return a, tf.cast(sums[f"s/{index}"], tf.float64) / tf.cast(sums[f"rows/{index}"], tf.float64)
+def _consumers(sums: Sums) -> int:
+    return sum(1 for name in sums if name.startswith("a/"))
+
+
+def _outputs_factor(sums: Sums, index: int):
+    """A consumer's S, or its sketch; for one row, in float64."""
+    rows = tf.cast(sums[f"rows/{index}"], tf.float64)
+    if f"y/{index}" in sums:
+        return tf.cast(sums[f"y/{index}"], tf.float64) / tf.sqrt(rows)
+    return tf.cast(sums[f"s/{index}"], tf.float64) / rows
+
+
+def outputs_trace(sums: Sums, index: int = 0):
+    """The trace of a consumer's S for one row, in float64."""
+    factor = _outputs_factor(sums, index)
+    return tf.reduce_sum(factor**2) if f"y/{index}" in sums else tf.linalg.trace(factor)
 
 
 def quadratic(sums: Sums, phi) -> np.ndarray:
@@ -259,13 +293,17 @@ def _quadratic(sums: Sums, phi):
         return quadratic_at(g, tf.cast(sums["q"], tf.float64), phi)
     linear = tf.reduce_sum(g * phi, axis=-1)
     curvature, start = tf.zeros_like(linear), 0
-    for index in range(sum(1 for name in sums if name.startswith("a/"))):
-        a, s = _kronecker_factors(sums, index)
-        size = a.shape[-1] * s.shape[-1]
+    for index in range(_consumers(sums)):
+        a, outputs = tf.cast(sums[f"a/{index}"], tf.float64), _outputs_factor(sums, index)
+        size = a.shape[-1] * outputs.shape[-1]
         block = phi[..., start : start + size]
-        block = tf.reshape(block, (*block.shape[:-1], a.shape[-1], s.shape[-1]))
+        block = tf.reshape(block, (*block.shape[:-1], a.shape[-1], outputs.shape[-1]))
         start += size
-        seen = tf.einsum("nab,...nbq,oq->...nao", a, block, s)
+        if f"y/{index}" in sums:
+            block = tf.einsum("...nao,ko->...nak", block, outputs)
+            seen = tf.einsum("nab,...nbk->...nak", a, block)
+        else:
+            seen = tf.einsum("nab,...nbq,oq->...nao", a, block, outputs)
         curvature += tf.reduce_sum(block * seen, axis=(-2, -1))
     return linear + 0.5 * curvature
 

@@ -33,6 +33,7 @@ from tfgrow.curvature.normal import (
     cross_damping,
     dense_sums,
     kronecker_sums,
+    outputs_trace,
     quadratic,
     solve_sums,
     zero_sums,
@@ -400,8 +401,8 @@ def _to_scale(sums: Mapping) -> Mapping:
     """Sums whose factored Q is as large as it really is."""
     if "trace" not in sums:
         return sums
-    as_factored = tf.linalg.trace(sums["a/0"]) * tf.linalg.trace(sums["s/0"])
-    scale = tf.math.divide_no_nan(sums["trace"] * sums["rows/0"], as_factored)
+    as_factored = tf.linalg.trace(sums["a/0"]) * tf.cast(outputs_trace(sums), tf.float32)
+    scale = tf.math.divide_no_nan(sums["trace"], as_factored)
     return {**sums, "a/0": sums["a/0"] * scale[:, None, None]}
 
 
