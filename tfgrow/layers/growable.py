@@ -133,10 +133,7 @@ class Mixing(Growable):
 
     @property
     def absorbs_constant(self) -> bool:
-        """Whether a constant added to a whole input channel is one that the bias can take over.
-
-        It isn't where there is no bias, or where padding stands beside the channel.
-        """
+        """Whether the variable `bias` is added to the response as it is, at every position."""
         return False
 
     def linear(self, inputs, kernel, bias=None):
@@ -201,6 +198,9 @@ class Channelwise:
 
     needs_moments: ClassVar[bool] = False
     """Whether the layer keeps statistics of its input that a new unit has to be given."""
+
+    subtracted: ClassVar[str | None] = None
+    """Name of a variable that is subtracted from the input in inference mode, if there is one."""
 
     def channel_map(self, incoming: ChannelMap, input_shape) -> ChannelMap:
         """Where the channels lie on the last axis of the output, given where they lie before."""
