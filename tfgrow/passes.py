@@ -56,15 +56,31 @@ class Passes:
 
     def scalars(self, batch, seed, groups: Sequence[Group], thetas: Sequence[Arrays]) -> Any:
         """Sums over a batch of `(loss, linear [C], gram [C, C], samples)` for all candidates."""
-        captured = self.capture(batch, seed, _taps(groups))
-        perturbed = perturb_all(captured, groups, thetas, fresh=False)
-        covectors = _covectors(captured, groups, thetas, perturbed)
-        together = tf.concat(_scalars(groups, covectors, perturbed), axis=2)  # [1 + K, N, C]
+        captured, together = self._together(batch, seed, groups, thetas)
         linear = together[0]
         columns = tf.reshape(together[1:], (-1, together.shape[2]))
         gram = tf.matmul(columns, columns, transpose_a=True)
         loss = self._sum_of_losses(batch, captured)
         return loss, tf.reduce_sum(linear, 0), gram, _count(batch[2])
+
+    def changes(self, batch, seed, groups: Sequence[Group], thetas: Sequence[Arrays]) -> Any:
+        """Sums over a batch of `(loss, change [C], samples)` for every candidate alone.
+
+        Where the columns tell what the logits change by, it is the loss's own change along that.
+        """
+        _, y, weights = batch
+        captured, together = self._together(batch, seed, groups, thetas)
+        change = tf.reduce_sum(together[0] + 0.5 * tf.reduce_sum(together[1:] ** 2, 0), 0)
+        logits = [captured.values[head.tap] for head in self._loss.heads]
+        change += self._loss.beyond(y, logits, together[1:], weights, self._draws)
+        return self._sum_of_losses(batch, captured), change, _count(weights)
+
+    def _together(self, batch, seed, groups, thetas) -> tuple[Capture, Any]:
+        """The batch, and all candidates against gradient and columns, `[1 + K, N, C]`."""
+        captured = self.capture(batch, seed, _taps(groups))
+        perturbed = perturb_all(captured, groups, thetas, fresh=False)
+        covectors = _covectors(captured, groups, thetas, perturbed)
+        return captured, tf.concat(_scalars(groups, covectors, perturbed), axis=2)
 
     def joint(self, batch, groups: Sequence[Group], thetas: Sequence[Arrays]) -> Any:
         """Sums over a batch of the joint change by forward accumulators, and its samples."""

@@ -170,6 +170,32 @@ class TotalLoss:
         together = zip(*drawn.values(), strict=True)
         return [*(dict(zip(drawn, nth, strict=True)) for nth in together), *alone]
 
+    def beyond(
+        self, y: Sequence, logits: Sequence, products: tf.Tensor, weights: Sequence, draws: int
+    ) -> tf.Tensor:
+        """What a batch's losses change by along directions, beyond the second order: `[n]`.
+
+        It is counted for the parts whose columns tell it, which are exact ones.
+
+        Args:
+          y: targets by part.
+          logits: by part.
+          products: of n directions with all `columns`, `[K, N, n]`.
+          weights: by part.
+          draws: number of drawn columns.
+        """
+        start = draws if any(part.curvature == "sampled" for part in self.parts) else 0
+        total = tf.zeros(products.shape[2])
+        for part, target, z, weight in zip(self.parts, y, logits, weights, strict=True):
+            if part.curvature == "sampled":
+                continue
+            exact = part.at_logits.exact_columns(z.shape) if part.curvature == "exact" else None
+            mine, start = products[start : start + (exact or 1)], start + (exact or 1)
+            beyond = part.at_logits.beyond(target, z, mine, weight) if exact else None
+            if beyond is not None:
+                total += tf.reduce_sum(beyond, axis=0)
+        return total
+
     def quadratic(
         self, y: Sequence, logits: Sequence, directions: Sequence, weights: Sequence
     ) -> tf.Tensor:
