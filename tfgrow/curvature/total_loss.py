@@ -139,6 +139,14 @@ class TotalLoss:
 
         return _sum(self._by_part(of_part, y, outputs, weights))
 
+    def per_sample(self, y: Sequence, logits: Sequence, weights: Sequence) -> tf.Tensor:
+        """Each sample's weighted loss, `[N]`."""
+
+        def of_part(part, *args):
+            return part.at_logits.per_sample(*args)
+
+        return _sum(self._by_part(of_part, y, logits, weights))
+
     def gradient(self, y: Sequence, logits: Sequence, weights: Sequence) -> list[tf.Tensor]:
         """Gradient of each sample's weighted loss with respect to the logits of each part."""
         return self._by_part(_weighted_gradient, y, logits, weights)
@@ -173,7 +181,7 @@ class TotalLoss:
     def beyond(
         self, y: Sequence, logits: Sequence, products: tf.Tensor, weights: Sequence, draws: int
     ) -> tf.Tensor:
-        """What a batch's losses change by along directions, beyond the second order: `[n]`.
+        """What the samples' losses change by along directions, beyond the second order: `[N, n]`.
 
         It is counted for the parts whose columns tell it, which are exact ones.
 
@@ -185,7 +193,7 @@ class TotalLoss:
           draws: number of drawn columns.
         """
         start = draws if any(part.curvature == "sampled" for part in self.parts) else 0
-        total = tf.zeros(products.shape[2])
+        total = tf.zeros_like(products[0])
         for part, target, z, weight in zip(self.parts, y, logits, weights, strict=True):
             if part.curvature == "sampled":
                 continue
@@ -193,7 +201,7 @@ class TotalLoss:
             mine, start = products[start : start + (exact or 1)], start + (exact or 1)
             beyond = part.at_logits.beyond(target, z, mine, weight) if exact else None
             if beyond is not None:
-                total += tf.reduce_sum(beyond, axis=0)
+                total += beyond
         return total
 
     def quadratic(

@@ -97,13 +97,18 @@ class Prune(AtInputs):
         return tf.add_n([*(group.path.per_unit(*part) for part in parts.items()), *alone])
 
     def slopes(self, group, weights, covectors):
-        raise NotImplementedError  # nothing of a removal is improved by gradient
+        at_leaves = {place: c for place, c in covectors.items() if place != CONSTANT}
+        slopes = super().slopes(group, weights, at_leaves)
+        if CONSTANT in covectors:
+            slopes[CONSTANT] = tf.reduce_sum(weights * covectors[CONSTANT], axis=0)
+        return slopes
 
     def tangents(self, group, theta, perturbed):
         tangents = super().tangents(group, theta, perturbed)
         for tap, made in _of_ones(group).items() if takes_constant(group.site) else ():
-            everywhere = tf.linalg.matvec(made, perturbed.values[CONSTANT], transpose_a=True)
-            tangents[tap] = everywhere  # the same at every position of every sample
+            offset = perturbed.values[CONSTANT]  # `[n]`, or by sample `[N, n]`
+            change = tf.matmul(tf.reshape(offset, (-1, len(group.units))), made)
+            tangents[tap] = _at_every_position(group.site.graph, tap, change)
         return tangents
 
     def equations(self, capture, group, perturbed):
@@ -180,6 +185,13 @@ def _rows(layer, index: np.ndarray):
     others = [axis for axis in range(len(kernel.shape)) if axis not in (fan_in, fan_out)]
     summed = tf.reduce_sum(tf.transpose(kernel, (*others, fan_in, fan_out)), range(len(others)))
     return tf.reduce_sum(tf.gather(summed, index), axis=1)
+
+
+def _at_every_position(graph, tap: Tap, change):
+    """`[N, O] -> [N, 1, ..., O]`, of the rank of a consumer's response."""
+    response = graph.tensors[graph.nodes[tap[1]].outputs[0]]
+    inner = [1] * (len(response.shape) - 2)
+    return tf.reshape(change, (-1, *inner, change.shape[-1]))
 
 
 def _over_positions(cotangents):
