@@ -84,7 +84,7 @@ class Settings:
     steps: int = 50
     new_units: int = 4
     seed: int = 0
-    checks: int = 8
+    checks: int = 16
 
 
 def check_network(model: keras.Model, x, y, settings: Settings) -> dict[str, Any]:
@@ -360,7 +360,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
         ("samples", 2048, "Samples that estimates and truth are taken on.", 1),
         ("steps", 50, "Learning steps of theta, a batch of 256 each.", 1),
         ("new_units", 4, "Added units tried per layer.", 1),
-        ("checks", 8, "With --morphism: forward passes per batch that correct the estimates.", 0),
+        ("checks", 16, "With --morphism: forward passes per batch that correct the estimates.", 0),
         ("seed", 0, "Of everything random.", 0),
     ):
         flags.DEFINE_integer(name, number, text, least, flag_values=values)
