@@ -37,6 +37,9 @@ CIFAR_WIDTHS = (8, 8, 16, 16, 32, 32)
 CIFAR_HEADS = (8, 32, 8, 32)
 SMALL_WIDTHS = (4, 4, 8, 8, 16, 16)
 CURVATURES = ("exact", "sampled", "empirical")
+CHECKED = "checked"
+"""Exact curvature, corrected by checks."""
+
 SET_SIZE = 16
 EPOCHS = 6
 DIGITS_EPOCHS = 40
@@ -71,7 +74,7 @@ GOALS = {
 }
 
 ALONE_GOALS = {"Pearson": Goal(0.98, True), "median relative error": Goal(0.10, False)}
-"""Of the exact curvature, for a kind of edits that is checked by itself (`--morphism`)."""
+"""Of the exact curvature, without and with checks, for one kind of edits alone (`--morphism`)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +85,7 @@ class Settings:
     steps: int = 50
     new_units: int = 4
     seed: int = 0
+    checks: int = 16
 
 
 def check_network(model: keras.Model, x, y, settings: Settings) -> dict[str, Any]:
@@ -111,7 +115,8 @@ def check_network(model: keras.Model, x, y, settings: Settings) -> dict[str, Any
 def check_morphism(model: keras.Model, morphism: str, x, y, settings: Settings) -> dict[str, Any]:
     """Every edit of one kind alone; arguments and result as of `check_network`."""
     learn_on, judge_on = disjoint(x, y, settings.samples, settings.seed)
-    part = _compare(model, morphism, CURVATURES[:2], learn_on, judge_on, settings)
+    ways = (*CURVATURES[:2], CHECKED)
+    part = _compare(model, morphism, ways, learn_on, judge_on, settings)
     found = _agreement(morphism, part)
     return {morphism: part, "samples": len(judge_on[1]), "readings": found}
 
@@ -123,7 +128,7 @@ def disjoint(x, y, samples: int, seed: int) -> tuple[Arrays, Arrays]:
     return (x[order[count:]], y[order[count:]]), (x[order[:count]], y[order[:count]])
 
 
-def _compare(model, morphism, curvatures, learn_on, judge_on, settings) -> dict[str, Any]:
+def _compare(model, morphism, ways, learn_on, judge_on, settings) -> dict[str, Any]:
     """Every candidate of one kind alone: its estimates and its truth."""
     candidates = tfgrow.candidates(
         model, morphism, new_units=settings.new_units, seed=settings.seed
@@ -133,9 +138,10 @@ def _compare(model, morphism, curvatures, learn_on, judge_on, settings) -> dict[
         candidates, learn_on, settings.steps, progress=Progress(f"{morphism}: learning")
     )
     estimated = {}
-    for curvature in curvatures:
+    for way in ways:
+        curvature, checks = ("exact", settings.checks) if way == CHECKED else (way, 0)
         estimator = tfgrow.GaussNewtonEstimator(model, curvature=curvature, seed=settings.seed)
-        estimated[curvature] = estimator.score(learned, judge_on).tolist()
+        estimated[way] = estimator.score(learned, judge_on, checks=checks).tolist()
     true = true_changes(model, learned, judge_on, Progress(f"{morphism}: expanding"))
     return {
         "sites": [candidate.site.name for candidate in learned],
@@ -272,7 +278,11 @@ def report(net: str, result: dict[str, Any], folder: Path) -> None:
     goals = GOALS
     if "sets" not in result:
         (kind,) = parts
-        goals = {f"{kind} exact, {figure}": goal for figure, goal in ALONE_GOALS.items()}
+        goals = {
+            f"{kind} {way}, {figure}": goal
+            for way in ("exact", CHECKED)
+            for figure, goal in ALONE_GOALS.items()
+        }
     title = f"\n{net}: on {result['samples']} samples not learned on"
     tables.show(figure_columns, table(result["readings"], goals), title)
     if "sets" in result:
@@ -313,7 +323,9 @@ def run(options: Any, data: datasets.Dataset) -> dict[str, Any]:
     Returns:
       What `fidelity.json` holds.
     """
-    settings = Settings(options.samples, options.steps, options.new_units, options.seed)
+    settings = Settings(
+        options.samples, options.steps, options.new_units, options.seed, options.checks
+    )
     folder = Path(options.output_dir)
     results: dict[str, Any] = {}
     about = {**dataclasses.asdict(settings), "dataset": options.dataset, "epochs": _epochs(options)}
@@ -352,6 +364,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
         ("samples", 2048, "Samples that estimates and truth are taken on.", 1),
         ("steps", 50, "Learning steps of theta, a batch of 256 each.", 1),
         ("new_units", 4, "Added units tried per layer.", 1),
+        ("checks", 16, "With --morphism: forward passes per batch that correct the estimates.", 0),
         ("seed", 0, "Of everything random.", 0),
     ):
         flags.DEFINE_integer(name, number, text, least, flag_values=values)

@@ -210,6 +210,25 @@ def test_estimate_is_the_truth_where_the_loss_is_quadratic():
     )
 
 
+def test_scores_are_the_truth_where_one_loss_is_quadratic_and_the_other_a_crossentropy():
+    """Columns of two outputs: each tells its own logits, and only the label's loss has more."""
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((4,))
+    x = layers.Dense(3, activation="tanh", name="first")(inputs)
+    score = layers.Dense(1, name="score")(x)
+    label = layers.Dense(3, activation="softmax", name="label")(x)
+    model = grown(keras.Model(inputs, [score, label]))
+    model.compile("sgd", ["mse", "sparse_categorical_crossentropy"], loss_weights=[0.5, 2.0])
+    rng = np.random.default_rng(0)
+    data = (X[0], [SCORES[:, :1], rng.integers(3, size=SAMPLES)], [W1, W2])
+    estimator = tfgrow.GaussNewtonEstimator(model, curvature="exact")
+    removals = tfgrow.candidates(model, "prune", sites=["first"])
+    truths = [tfgrow.measure_change(model, [c], data) for c in removals]
+    found = estimator.score(removals, data)
+    np.testing.assert_allclose(found, truths, atol=1e-5)
+    assert np.abs(estimator.interaction(removals, data).scores - truths).max() > 1e-3
+
+
 def test_learning_lowers_the_loss_of_both():
     model = two_headed()
     model.compile("sgd", [LABEL, "mse"], loss_weights=[1.0, 0.5])

@@ -14,6 +14,7 @@ from tfgrow.capture.batches import batches_of, check_finite, forever
 from tfgrow.capture.checks import check_batch, check_loss
 from tfgrow.capture.execute import float32_compute
 from tfgrow.capture.path import needs_moments
+from tfgrow.curvature.correction import corrections
 from tfgrow.curvature.normal import add_sums
 from tfgrow.curvature.total_loss import TotalLoss, make_total_loss
 from tfgrow.graph.nodes import Graph, trace
@@ -163,9 +164,34 @@ class GaussNewtonEstimator:
         order = np.argsort(np.concatenate(positions))
         return Interaction(linear[order] / count, gram[np.ix_(order, order)] / count)
 
-    def score(self, candidates: Sequence[Candidate], dataset) -> np.ndarray:
-        """Estimated change of the mean loss by each candidate applied alone, `[n]`."""
-        return self.interaction(candidates, dataset).scores
+    def score(self, candidates: Sequence[Candidate], dataset, checks: int = 0) -> np.ndarray:
+        """Estimated change of the mean loss by each candidate applied alone, `[n]`.
+
+        It is the change along the linearised logits of the loss itself where exact columns tell
+        them (crossentropies), and else of its second order, as in `interaction(...).scores`: large
+        edits, such as removals, are estimated truer, small ones alike.
+
+        Args:
+          candidates: learned candidates.
+          dataset: finite; samples that `learn` did not see give honest estimates.
+          checks: so many forward passes per batch carry candidates really through the network, on
+            every sample one that is drawn at random, and the estimates are corrected by what that
+            shows of each kind and site. It pays for removals, which are no small perturbations.
+        """
+        require_whole("checks", checks, least=0, optional=False)
+        groups, positions = self._group(candidates)
+        thetas = [_tensors(group.theta) for group in groups]
+        _, change, count, *found = self._sum(
+            dataset,
+            lambda batch, seed, th: self._passes.changes(batch, seed, groups, th, checks),
+            thetas,
+        )
+        scores = change / count
+        if found:
+            squares, *others = found
+            kinds = np.repeat(np.arange(len(groups)), [len(group.units) for group in groups])
+            scores = scores + corrections(kinds, squares / count, *others)
+        return scores[np.argsort(np.concatenate(positions))]
 
     def joint_change(self, candidates: Sequence[Candidate], dataset) -> float:
         """Estimated change of the mean loss by all candidates at once, by forward accumulators.

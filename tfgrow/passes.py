@@ -11,16 +11,22 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tfgrow.capture.capture import Capture, capture, observe, push_forward
+from tfgrow.capture.capture import Capture, capture, observe, prepare_inputs, push_forward
+from tfgrow.capture.execute import execute
 from tfgrow.curvature.normal import LEARNING_DAMPING, add_sums, scale_sums
 from tfgrow.curvature.total_loss import TotalLoss
 from tfgrow.graph.nodes import Graph
-from tfgrow.morphisms.base import Group, perturb_all
+from tfgrow.morphisms.base import Group, Perturbed, perturb_all
 
 FORGET = 0.9
 """How much of the earlier batches' normal equations each learning step keeps."""
 
+CHECKS = 1000
+"""From here on the numbers that seeds of checks are made with: far from those of outputs."""
+
 Arrays = Mapping[str, Any]
+
+fold_in = tf.random.experimental.stateless_fold_in
 
 
 class Passes:
@@ -56,15 +62,99 @@ class Passes:
 
     def scalars(self, batch, seed, groups: Sequence[Group], thetas: Sequence[Arrays]) -> Any:
         """Sums over a batch of `(loss, linear [C], gram [C, C], samples)` for all candidates."""
-        captured = self.capture(batch, seed, _taps(groups))
-        perturbed = perturb_all(captured, groups, thetas, fresh=False)
-        covectors = _covectors(captured, groups, thetas, perturbed)
-        together = tf.concat(_scalars(groups, covectors, perturbed), axis=2)  # [1 + K, N, C]
+        captured, _, together = self._together(batch, seed, groups, thetas)
         linear = together[0]
         columns = tf.reshape(together[1:], (-1, together.shape[2]))
         gram = tf.matmul(columns, columns, transpose_a=True)
         loss = self._sum_of_losses(batch, captured)
         return loss, tf.reduce_sum(linear, 0), gram, _count(batch[2])
+
+    def changes(
+        self, batch, seed, groups: Sequence[Group], thetas: Sequence[Arrays], checks: int
+    ) -> Any:
+        """Sums over a batch of `(loss, change [C], samples)` for every candidate alone.
+
+        Where the columns tell what the logits change by, it is the loss's own change along that.
+        With checks they are followed by what those found, see `_check`.
+        """
+        _, y, weights = batch
+        captured, perturbed, together = self._together(batch, seed, groups, thetas)
+        logits = [captured.values[head.tap] for head in self._loss.heads]
+        changes = together[0] + 0.5 * tf.reduce_sum(together[1:] ** 2, 0)  # [N, C]
+        changes += self._loss.beyond(y, logits, together[1:], weights, self._draws)
+        losses = self._loss.per_sample(y, logits, weights)
+        sums = (tf.reduce_sum(losses), tf.reduce_sum(changes, 0), _count(weights))
+        if not checks:
+            return sums
+        found = self._check(batch, seed, groups, thetas, perturbed, losses, changes, checks)
+        return (*sums, *found)
+
+    def _check(self, batch, seed, groups, thetas, perturbed, losses, changes, checks) -> tuple:
+        """Candidates drawn at random are really carried through the network, one per sample.
+
+        Those whose estimates are large are drawn more often. The draws depend on the estimates
+        alone, so that on average what is found is what all samples would show.
+
+        Returns:
+          Sums `[C]`: of the squared estimates of all samples; how often each candidate was drawn;
+          of what the loss really changed by beyond the estimate, and of its square.
+        """
+        squares = tf.reduce_sum(changes**2, axis=0)
+        count = changes.shape[1]
+
+        def check(number):
+            which = _draw(tf.sqrt(squares), tf.shape(losses)[0], fold_in(seed, CHECKS + number))
+            chosen = tf.one_hot(which, count)
+            change = self.carried(batch, groups, thetas, perturbed, chosen) - losses
+            rest = change - tf.reduce_sum(chosen * changes, axis=1)
+            by_sample = tf.stack([tf.ones_like(rest), rest, rest**2])
+            return tf.matmul(by_sample, chosen)
+
+        found = tf.map_fn(check, tf.range(checks), fn_output_signature=tf.float32)
+        return (squares, *tf.unstack(tf.reduce_sum(found, axis=0)))
+
+    def carried(
+        self,
+        batch,
+        groups: Sequence[Group],
+        thetas: Sequence[Arrays],
+        perturbed: Sequence[Perturbed],
+        chosen,
+    ) -> Any:
+        """Each sample's loss `[N]` after what some of the candidates change there is added.
+
+        It is that of the really edited network, except where what the candidates change comes round
+        to their own site again (a residual stream): that they don't see.
+
+        Args:
+          batch: `(x, targets, weights)`.
+          groups: all groups.
+          thetas: their parameters.
+          perturbed: what they do on the batch.
+          chosen: how much of each candidate is added to each sample, `[N, C]`.
+        """
+        x, y, weights = batch
+        changed: dict = {}
+        masks = tf.split(chosen, [len(group.units) for group in groups], axis=1)
+        for group, theta, effect, mask in zip(groups, thetas, perturbed, masks, strict=True):
+            # the transpose of a sum against covectors spreads the mask over whatever is perturbed
+            values = {place: value[None] for place, value in effect.values.items()}
+            mine = Perturbed(group.morphism.slopes(group, mask[None], values), effect.moments)
+            for tap, value in group.morphism.tangents(group, theta, mine).items():
+                changed[tap] = changed[tap] + value if tap in changed else value
+        values = execute(
+            self._graph,
+            prepare_inputs(self._graph, x),
+            lambda tap, value: value + changed[tap] if tap in changed else value,
+        )
+        return self._loss.per_sample(y, [values[head.tap] for head in self._loss.heads], weights)
+
+    def _together(self, batch, seed, groups, thetas) -> tuple[Capture, list[Perturbed], Any]:
+        """The batch, what candidates do, and that against gradient and columns, `[1 + K, N, C]`."""
+        captured = self.capture(batch, seed, _taps(groups))
+        perturbed = perturb_all(captured, groups, thetas, fresh=False)
+        covectors = _covectors(captured, groups, thetas, perturbed)
+        return captured, perturbed, tf.concat(_scalars(groups, covectors, perturbed), axis=2)
 
     def joint(self, batch, groups: Sequence[Group], thetas: Sequence[Arrays]) -> Any:
         """Sums over a batch of the joint change by forward accumulators, and its samples."""
@@ -198,6 +288,18 @@ def _solved(group, sums) -> dict[str, Any]:
 
 def _count(weights):
     return tf.cast(tf.shape(weights[0])[0], tf.float32)
+
+
+def _draw(weights, samples, seed):
+    """One of the entries of `weights [C]` per sample, as often as in proportion: `[samples]`.
+
+    Systematic: how often each is drawn is off by less than one.
+    """
+    shares = tf.math.divide_no_nan(tf.cumsum(weights), tf.reduce_sum(weights))
+    places = tf.cast(tf.random.experimental.stateless_shuffle(tf.range(samples), seed), tf.float32)
+    start = tf.random.stateless_uniform((), fold_in(seed, 1))
+    which = tf.searchsorted(shares, (places + start) / tf.cast(samples, tf.float32), side="right")
+    return tf.minimum(which, weights.shape[0] - 1)
 
 
 def _taps(groups: Sequence[Group]) -> list:

@@ -90,10 +90,18 @@ class AxisSource:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class VariableChange:
-    """The new value of one variable, and how its entries descend from the old ones."""
+    """The new value of one variable, and how its entries descend from the old ones.
+
+    Attributes:
+      value: the new value.
+      sources: how its axes descend from the old ones, those that do not stay as they are.
+      shift: what was added to it besides (a constant that stands in for removed units), shaped
+        like it or one number.
+    """
 
     value: np.ndarray
     sources: tuple[AxisSource, ...] = ()
+    shift: np.ndarray | float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -146,7 +154,8 @@ class RemovedUnit:
     Attributes:
       shares: float array `[units]`: its values are taken as the sum of the site's other units'
         values (its own entry counts for nothing), times these, ...
-      offset: ... plus this. Only for sites whose consumers can all `absorb_constant`.
+      offset: ... plus this, at every position that a consumer's kernel reaches, beyond the border
+        too. Only for sites all of whose consumers have an `absorber_of` constants.
     """
 
     shares: np.ndarray

@@ -223,6 +223,27 @@ def test_the_quadratic_is_that_of_the_hessian(case: Case) -> None:
 
 
 @every_case
+def test_products_with_exact_columns_tell_crossentropies_beyond_the_second_order(case: Case):
+    """Far along random directions, samples weighed: the loss itself against what is left of it."""
+    head, y, z = case.head, tf.constant(case.y), case.z
+    weights = tf.constant([0.5, 2.0, 0.0])
+    directions = 2.0 * np.random.default_rng(6).normal(size=(4, *case.shape)).astype("float32")
+    columns = tf.stack(weigh_columns(head.factors(y, z, "exact"), weights))
+    flat = tf.reshape(columns, (*columns.shape[:2], -1))
+    products = tf.einsum("kni,cni->knc", flat, directions.reshape(4, SAMPLES, -1))
+    found = head.beyond(y, z, products, weights)
+    if case.row_loss not in (SOFTMAX, SIGMOID):
+        assert found is None
+        return
+    assert np.abs(found).max() > 0.05
+    for number, v in enumerate(directions):
+        change = head.per_sample(y, z + v) - head.per_sample(y, z)
+        linear = tf.reduce_sum(head.gradient(y, z) * v, axis=range(1, z.shape.rank))
+        expected = weights * (change - linear - 0.5 * head.quadratic(y, z, v))
+        np.testing.assert_allclose(found[:, number], expected, atol=2e-5 * np.abs(change).max())
+
+
+@every_case
 def test_sampled_columns_average_to_the_hessian(case: Case) -> None:
     draws, seeds = 1 + CASES.index(case) % 3, 1024
     head, y, z = case.head, case.y, case.z

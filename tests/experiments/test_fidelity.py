@@ -200,9 +200,12 @@ def test_one_morphism_alone(tmp_path, capsys):
     result = fidelity.run(options, fidelity.prepare(options))["mlp"]
     assert set(result) == {"prune", "samples", "readings"}
     assert result["prune"]["sites"] == ["dense1"] * 6 + ["dense2"] * 5
+    assert set(result["prune"]["estimated"]) == {"exact", "sampled", "checked"}
     assert result["readings"]["prune exact, Pearson"] > 0.9  # a wrong sign or factor breaks it
+    assert result["readings"]["prune checked, Pearson"] > 0.9
     out = capsys.readouterr().out
-    assert re.search(r"prune exact, median relative error +<= 0.1 ", out), out
+    for way in ("exact", "checked"):
+        assert re.search(rf"prune {way}, median relative error +<= 0.1 ", out), out
     assert (tmp_path / "mlp_prune.png").read_bytes()[:4] == b"\x89PNG"
 
 

@@ -14,6 +14,7 @@ from tfgrow.capture.capture import (
 from tfgrow.capture.execute import execute, input_tap, weights_of
 from tfgrow.curvature.loss_head import make_loss_head
 from tfgrow.curvature.total_loss import make_total_loss
+from tfgrow.graph.constants import absorber_of
 from tfgrow.graph.convert import copy_model
 from tfgrow.graph.nodes import trace
 from tfgrow.graph.sites import find_sites, parameter_name
@@ -70,10 +71,20 @@ def responses_after(model, x, candidates):
         return value
 
     execute(grown, prepare_inputs(grown, x), hold)
-    return [
-        _by_old_unit(edit, after[index]) if index in made else after[index]
-        for _, index in consumer_taps(site)
-    ]
+    found = []
+    for _, index in consumer_taps(site):
+        response = _by_old_unit(edit, after[index]) if index in made else after[index]
+        found.append(response + _constant_behind(graph, grown, index))
+    return found
+
+
+def _constant_behind(graph, grown, index):
+    """What the layer behind a consumer subtracts less than before, and so adds to its response."""
+    old, new = (absorber_of(each, each.nodes[index]) for each in (graph, grown))
+    if old is None or old.layer is graph.nodes[index].operation:
+        return 0.0
+    before, after = (getattr(one.layer, one.variable).numpy() for one in (old, new))
+    return old.sign * (after - before) if before.shape == after.shape else 0.0
 
 
 def _by_old_unit(edit, response):
@@ -121,10 +132,10 @@ def predicted(model, x, candidates):
             tap = consumer_taps(site)[index]
             if tap in tangents:  # at the response
                 total[index] = total[index] + tangents[tap]
-            else:  # at what the consumer reads
+            tap = input_tap(node.index) if leaf.passed_on else taps_of_leaf(leaf)[0]
+            if tap in tangents:  # at what the consumer reads
                 consumer = node.operation
                 kernel = consumer.growable_variables()["kernel"]
-                tap = input_tap(node.index) if leaf.passed_on else taps_of_leaf(leaf)[0]
                 total[index] = total[index] + consumer.linear(tangents[tap], kernel)
     return [np.asarray(part) for part in total]
 

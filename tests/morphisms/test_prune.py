@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 
 import tfgrow
-from tests.cases import CASES, by_name, inputs_of, regression_data
+from tests.cases import CASES, by_name, inputs_of, randomize, regression_data
 from tests.morphisms.effects import (
     applied,
     capture_of,
@@ -18,8 +18,11 @@ from tests.morphisms.effects import (
     responses_after,
     scalars,
 )
+from tfgrow.capture.capture import consumer_taps, find_head
+from tfgrow.capture.execute import execute
 from tfgrow.curvature import stand_in
 from tfgrow.morphisms.base import perturb_all
+from tfgrow.morphisms.prune import takes_constant
 from tfgrow.morphisms.registry import get, group_candidates
 from tfgrow.surgery.weights import inherited, layer_changes
 
@@ -31,7 +34,7 @@ def candidates_of(model, seed=0):
     for candidate in tfgrow.candidates(model, "prune"):
         if candidate.unit != 1:
             continue
-        constant = all(layer.absorbs_constant for layer in candidate.site.consumers)
+        constant = takes_constant(candidate.site)
         share = 0.5 * rng.standard_normal(candidate.site.units).astype("float32")
         offset = np.float32(0.7 * constant)
         found.append(candidate.replace(theta={"share": share, "offset": offset}))
@@ -58,6 +61,83 @@ def test_perturbation_is_the_real_change_at_the_consumers(model):
             assert np.abs(real).max() > 1e-4, f"{site.name}: nothing happened"
             scale = max(1.0, np.abs(new[..., stays]).max())
             np.testing.assert_allclose(claimed[..., stays], real, atol=2e-5 * scale)
+
+
+def constants_model(activation=None, **settings):
+    """Padded convolutions with a border that matters, on the way to a linear end."""
+    inputs = keras.Input((4, 4, 2))
+    x = keras.layers.Conv2D(3, 3, padding="same", activation="relu", name="conv1")(inputs)
+    x = keras.layers.Conv2D(
+        4, 3, padding="same", use_bias=False, activation=activation, name="conv2"
+    )(x)
+    x = keras.layers.BatchNormalization(name="bn", **settings)(x)
+    x = keras.layers.Conv2D(3, 3, padding="same", name="conv3")(x)
+    x = keras.layers.Flatten(name="flatten")(x)
+    model = tfgrow.convert(keras.Model(inputs, keras.layers.Dense(2, name="out")(x)))
+    randomize(model, seed=4)
+    return model
+
+
+@pytest.mark.parametrize("settings", [{}, {"scale": False, "center": False}])
+def test_a_constant_goes_to_the_moving_mean_behind_a_convolution_without_bias(settings):
+    """Everything behind conv2 is linear: what is estimated there is what the outputs do."""
+    model = constants_model(**settings)
+    x = inputs_of(model, 5)
+    site = tfgrow.find_sites(model)[0]
+    kernel, mean = model.get_layer("conv2").kernel.numpy(), model.get_layer("bn").moving_mean
+    (candidate,) = (c for c in candidates_of(model) if c.site.name == "conv1")
+    assert candidate.theta["offset"] != 0
+    grown = applied(model, [candidate])
+    expected = mean.numpy() - candidate.theta["offset"] * kernel[:, :, 1].sum(axis=(0, 1))
+    np.testing.assert_allclose(grown.get_layer("bn").moving_mean.numpy(), expected, rtol=1e-5)
+    (change,) = predicted(model, x, [candidate.replace(site=site)])
+    graph = tfgrow.graph.nodes.trace(model)
+    (tap,) = consumer_taps(site)
+    shifted = execute(graph, [x], lambda at, value: value + change if at == tap else value)
+    claimed = shifted[find_head(graph).tap].numpy()
+    assert np.abs(claimed - outputs(model, x)).max() > 1e-2
+    np.testing.assert_allclose(outputs(grown, x), claimed, atol=1e-4)
+
+
+def test_neighbouring_sites_edited_at_once_keep_the_constant_on_its_channels():
+    """conv2 loses filters and its BatchNormalization channels while it takes over a constant."""
+    model = constants_model()
+    first, second = (c for c in candidates_of(model) if c.site.name in ("conv1", "conv2"))
+    bare = first.replace(theta={**first.theta, "offset": np.float32(0)})
+    means = [
+        applied(model, pair).get_layer("bn").moving_mean.numpy()
+        for pair in ([first, second], [second, first], [bare, second])
+    ]
+    kernel = model.get_layer("conv2").kernel.numpy()[:, :, 1].sum(axis=(0, 1))
+    np.testing.assert_array_equal(means[0], means[1])
+    np.testing.assert_allclose(means[2] - means[0], 0.7 * kernel[[0, 2, 3]], rtol=1e-4)
+
+
+def test_where_nothing_can_take_over_a_constant_there_is_none():
+    model = constants_model(activation="relu")
+    candidate, *_ = tfgrow.candidates(model, "prune", sites=["conv1"])
+    assert not takes_constant(candidate.site)
+    model.compile("adam", "mse")
+    estimator = tfgrow.GaussNewtonEstimator(model)
+    (learned,) = estimator.learn([candidate], regression_data(model, 16), settle=2)
+    assert learned.theta["offset"] == 0
+    assert np.abs(learned.theta["share"]).max() > 0
+    by_hand = candidate.replace(theta={**candidate.theta, "offset": np.float32(0.5)})
+    with pytest.raises(ValueError, match="Layer 'conv2' has no bias, and no BatchNormalization"):
+        tfgrow.apply(model, [by_hand])
+
+
+def test_what_kept_weights_make_of_a_constant_is_what_the_model_does():
+    """EarlyStopping's best weights get the same constant, where the model got it."""
+    model = constants_model()
+    (candidate,) = (c for c in candidates_of(model) if c.site.name == "conv1")
+    changes = layer_changes([get("prune").edit(candidate)])
+    bn = model.get_layer("bn")
+    (change,) = (c.variables["moving_mean"] for c in changes if c.layer is bn)
+    old = bn.moving_mean.numpy()
+    assert np.abs(change.value - old).max() > 1e-2
+    np.testing.assert_allclose(inherited(change, old), change.value, rtol=1e-6)
+    np.testing.assert_allclose(inherited(change, old + 1), change.value + 1, rtol=1e-6)
 
 
 def test_the_closed_form_minimises_the_quadratic_of_the_scalars(model):
@@ -163,12 +243,13 @@ def test_memory_is_bounded_where_the_curvature_is_factored():
 def test_factored_curvature_is_the_whole_one_where_the_unit_is_equally_sensitive():
     """One position, and columns of one size: then apart and together are the same."""
     rng = np.random.default_rng(0)
-    values = tf.constant(rng.standard_normal((50, 1, 5, 1)), tf.float32)
+    values = tf.constant(rng.standard_normal((50, 1, 4, 1)), tf.float32)
     covectors = tf.constant(rng.choice([-2.0, 2.0], (3, 50, 1, 4, 1)), tf.float32)
-    whole = stand_in.stand_in_sums([values], [covectors])
+    constant = covectors[:, :, 0, :, 0]
+    whole = stand_in.stand_in_sums([values], [covectors], constant)
     limit, stand_in.DENSE_LIMIT = stand_in.DENSE_LIMIT, 1
     try:
-        factored = stand_in.stand_in_sums([values], [covectors])
+        factored = stand_in.stand_in_sums([values], [covectors], constant)
         zeros = stand_in.zero_sums(4, 4)
     finally:
         stand_in.DENSE_LIMIT = limit

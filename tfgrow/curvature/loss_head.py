@@ -113,6 +113,35 @@ class LossHead:
         values = scale * self.row_loss.quadratic(targets, rows, along)
         return self._sum_positions(values, z, weights)
 
+    def beyond(
+        self, y: tf.Tensor, z: tf.Tensor, products: tf.Tensor, weights: tf.Tensor
+    ) -> tf.Tensor | None:
+        """What each sample's weighted loss changes by along directions, beyond the second order.
+
+        Args:
+          y: targets.
+          z: logits `[N, ..., D]`.
+          products: of n directions with the exact columns of the weighted loss, `[K, N, n]`.
+          weights: of samples `[N]`, or of positions too.
+
+        Returns:
+          `[N, n]`; None where the columns don't tell it, or the loss is quadratic.
+        """
+        z = _float(z)
+        rows, targets, scale = self._rows(y, z)
+        if not self.row_loss.per_position:
+            return None
+        scale = tf.reshape(weigh_values(tf.reshape(scale, tf.shape(z)[:-1]), weights), (-1, 1))
+        count, size = products.shape[2], z.shape[-1]
+        by_position = tf.reshape(products, (-1, size, tf.shape(z)[0], count))
+        of_rows = tf.reshape(tf.transpose(by_position, (2, 0, 1, 3)), (-1, size, count))
+        of_rows = tf.math.divide_no_nan(of_rows, tf.sqrt(scale)[:, :, None])
+        beyond = self.row_loss.beyond(targets, rows, of_rows)
+        if beyond is None:
+            return None
+        by_sample = tf.reshape(scale * beyond, (tf.shape(z)[0], -1, count))
+        return tf.reduce_sum(by_sample, axis=1)
+
     def labels(self, z_shape: Sequence[int | None]) -> range | None:
         """The class indices that targets may hold; None if they are no class indices."""
         sparse = isinstance(self.row_loss, SoftmaxCrossentropy) and self.row_loss.sparse

@@ -46,6 +46,21 @@ class RowLoss(abc.ABC):
     def quadratic(self, y: tf.Tensor, z: tf.Tensor, v: tf.Tensor) -> tf.Tensor:
         """v^T H v of each row, `[M]`, for directions `v` shaped like `z`."""
 
+    def beyond(self, y: tf.Tensor, z: tf.Tensor, products: tf.Tensor) -> tf.Tensor | None:
+        """What the loss of each row changes by along directions, beyond the second order: `[M, n]`.
+
+        Args:
+          y: targets of the rows.
+          z: the rows' logits.
+          products: of n directions with the columns of `exact_root`, which say all of a direction
+            that the loss depends on, `[M, D, n]`.
+
+        Returns:
+          None where the columns don't tell, or there is nothing beyond.
+        """
+        del y, z, products
+        return None
+
 
 @dataclasses.dataclass(frozen=True)
 class SoftmaxCrossentropy(RowLoss):
@@ -87,6 +102,14 @@ class SoftmaxCrossentropy(RowLoss):
         deviation = v - tf.reduce_sum(p * v, axis=-1, keepdims=True)
         return self._root_mass(y) ** 2 * tf.reduce_sum(p * deviation**2, axis=-1)
 
+    def beyond(self, y, z, products):
+        # h_k.v = sqrt(p_k) (v_k - p.v): around its mean, v has no first order, and y has no say
+        mass, log_p = self._root_mass(y)[:, None], tf.nn.log_softmax(z)[:, :, None]
+        root_p = tf.exp(0.5 * log_p)
+        deviation = tf.math.divide_no_nan(products, mass[:, :, None] * root_p)
+        change = tf.reduce_logsumexp(log_p + deviation, axis=1)
+        return mass**2 * change - 0.5 * tf.reduce_sum(products**2, axis=1)
+
     def _smooth(self, y):
         return y * (1.0 - self.label_smoothing) + self.label_smoothing / y.shape[-1]
 
@@ -126,6 +149,12 @@ class SigmoidCrossentropy(RowLoss):
 
     def quadratic(self, y, z, v):
         return tf.reduce_mean(self._variance(z) * v**2, axis=-1)
+
+    def beyond(self, y, z, products):
+        root = tf.sqrt(self._variance(z) / z.shape[-1])[:, :, None]
+        v, z = tf.math.divide_no_nan(products, root), z[:, :, None]
+        change = tf.nn.softplus(z + v) - tf.nn.softplus(z) - tf.sigmoid(z) * v
+        return tf.reduce_mean(change, axis=1) - 0.5 * tf.reduce_sum(products**2, axis=1)
 
     def _variance(self, z):
         return tf.sigmoid(z) * tf.sigmoid(-z)  # keeps its precision where 1 - p would round to 0

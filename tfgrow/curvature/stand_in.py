@@ -3,15 +3,16 @@
 When unit c of a site goes, its values become `sum_j v_j a_j`, where a_j are the values of the
 site's units and a last one is the constant 1: v_c is -1 in the *change* of the unit's values, and
 the other entries are free. The estimate is `g_c.v + 1/2 v'Q_c v`, with the derivatives taken at the
-unit's own channel of what the consumers read.
+unit's own channel of what the consumers read; that with respect to the constant is given, for a
+constant acts behind the consumers, where there is no border.
 
 What is minimised is not quite the estimate but `PULL g_c.v + 1/2 v'(Q_c + BLEND s_c A) v`, with A
 the products of the values with each other and s_c the mean square of the unit's columns. `s_c A` is
 what K-FAC takes for Q_c: errors at one position can't cancel those at another. That they cancel
 holds only as far as the network is linear, so relying on it less is truer.
 
-Layouts: units under study `n`, all of the site's units `U`; `values` `[N, P, U + 1, B]` per leaf
-and its covectors `[1 + K, N, P, n, B]`, the gradient first.
+Layouts: units under study `n`, all of the site's units `U`; `values` `[N, P, U, B]` per leaf and
+its covectors `[1 + K, N, P, n, B]`, the gradient first.
 """
 
 from __future__ import annotations
@@ -65,34 +66,48 @@ def _dense(studied: int, size: int) -> bool:
     return studied * size <= DENSE_LIMIT
 
 
-def stand_in_sums(values: Sequence, covectors: Sequence) -> dict[str, tf.Tensor]:
+def stand_in_sums(
+    values: Sequence, covectors: Sequence, constant: tf.Tensor | None = None
+) -> dict[str, tf.Tensor]:
     """Sums of one batch, over the leaves of a site.
 
     `{"g": [n, U + 1], "a": [U + 1, U + 1], "s": [n], "rows": []}`: the products of the values with
     the gradient and with each other, and the squares of the columns, over so many rows; and where
     it is not too large the whole of `"q"` `[n, U + 1, U + 1]`, which else is `s_c * a / rows`.
+
+    Args:
+      values: see the module.
+      covectors: see the module.
+      constant: `[1 + K, N, n]`, the derivatives with respect to the constant; None where there can
+        be none, and then its entries are 0.
     """
-    size, studied = values[0].shape[2], covectors[0].shape[3]
+    size, studied = values[0].shape[2] + 1, covectors[0].shape[3]
+    if constant is None:
+        constant = tf.zeros((covectors[0].shape[0], tf.shape(values[0])[0], studied))
     sums: dict[str, tf.Tensor] = {}
     for v, c in zip(values, covectors, strict=True):
-        rows = tf.reshape(tf.transpose(v, (0, 1, 3, 2)), (-1, size))
+        rows = tf.reshape(tf.transpose(v, (0, 1, 3, 2)), (-1, size - 1))
         slope = tf.reshape(tf.transpose(c[0], (2, 0, 1, 3)), (studied, -1))
+        ones = tf.concat([rows, tf.ones_like(rows[:, :1])], axis=1)
         part = {
             "g": tf.matmul(slope, rows),
-            "a": tf.matmul(rows, rows, transpose_a=True),
+            "a": tf.matmul(ones, ones, transpose_a=True),
             "s": tf.reduce_sum(c[1:] ** 2, axis=[0, 1, 2, 4]),
             "rows": tf.cast(tf.shape(rows)[0], tf.float32),
         }
         sums = {name: sums[name] + part[name] if sums else part[name] for name in part}
+    slope = tf.reduce_sum(constant[0], axis=0)
+    sums["g"] = tf.concat([sums["g"], slope[:, None]], axis=1)
     if _dense(studied, size):
         scalars = tf.add_n([_products(v, c[1:]) for v, c in zip(values, covectors, strict=True)])
+        scalars = tf.concat([scalars, constant[1:, :, :, None]], axis=3)
         columns = tf.reshape(tf.transpose(scalars, (2, 0, 1, 3)), (studied, -1, size))
         sums["q"] = tf.matmul(columns, columns, transpose_a=True)
     return sums
 
 
 def _products(values, covectors):
-    """`[K, N, n, U + 1]`: every sample's derivative with respect to v, by column."""
+    """`[K, N, n, U]`: every sample's derivative with respect to v, by column."""
     passes, size, studied = covectors.shape[0], values.shape[2], covectors.shape[3]
     positions = tf.shape(values)[1] * values.shape[3]
     rows = tf.reshape(tf.transpose(values, (0, 1, 3, 2)), (-1, positions, size))

@@ -139,6 +139,14 @@ class TotalLoss:
 
         return _sum(self._by_part(of_part, y, outputs, weights))
 
+    def per_sample(self, y: Sequence, logits: Sequence, weights: Sequence) -> tf.Tensor:
+        """Each sample's weighted loss, `[N]`."""
+
+        def of_part(part, *args):
+            return part.at_logits.per_sample(*args)
+
+        return _sum(self._by_part(of_part, y, logits, weights))
+
     def gradient(self, y: Sequence, logits: Sequence, weights: Sequence) -> list[tf.Tensor]:
         """Gradient of each sample's weighted loss with respect to the logits of each part."""
         return self._by_part(_weighted_gradient, y, logits, weights)
@@ -169,6 +177,32 @@ class TotalLoss:
                 alone += [{number: column} for column in own]
         together = zip(*drawn.values(), strict=True)
         return [*(dict(zip(drawn, nth, strict=True)) for nth in together), *alone]
+
+    def beyond(
+        self, y: Sequence, logits: Sequence, products: tf.Tensor, weights: Sequence, draws: int
+    ) -> tf.Tensor:
+        """What the samples' losses change by along directions, beyond the second order: `[N, n]`.
+
+        It is counted for the parts whose columns tell it, which are exact ones.
+
+        Args:
+          y: targets by part.
+          logits: by part.
+          products: of n directions with all `columns`, `[K, N, n]`.
+          weights: by part.
+          draws: number of drawn columns.
+        """
+        start = draws if any(part.curvature == "sampled" for part in self.parts) else 0
+        total = tf.zeros_like(products[0])
+        for part, target, z, weight in zip(self.parts, y, logits, weights, strict=True):
+            if part.curvature == "sampled":
+                continue
+            exact = part.at_logits.exact_columns(z.shape) if part.curvature == "exact" else None
+            mine, start = products[start : start + (exact or 1)], start + (exact or 1)
+            beyond = part.at_logits.beyond(target, z, mine, weight) if exact else None
+            if beyond is not None:
+                total += beyond
+        return total
 
     def quadratic(
         self, y: Sequence, logits: Sequence, directions: Sequence, weights: Sequence

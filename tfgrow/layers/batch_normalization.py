@@ -17,6 +17,7 @@ class BatchNormalization(GrowableChannelwise, keras.layers.BatchNormalization):
 
     stock_class = keras.layers.BatchNormalization
     needs_moments = True
+    subtracted = "moving_mean"
     variable_axes = {
         name: Axes(channel=-1) for name in ("gamma", "beta", "moving_mean", "moving_variance")
     }

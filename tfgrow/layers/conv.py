@@ -26,8 +26,7 @@ class _Conv(LargerKernel, Mixing):
 
     @property
     def absorbs_constant(self):
-        unpadded = self.padding == "valid" or all(size == 1 for size in self.kernel_size)
-        return self.use_bias and unpadded
+        return self.use_bias
 
     def linear(self, inputs, kernel, bias=None):
         outputs = self.convolution_op(inputs, kernel)

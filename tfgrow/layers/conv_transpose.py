@@ -20,8 +20,7 @@ class _ConvTranspose(Mixing):
 
     @property
     def absorbs_constant(self):
-        # Elsewhere how many taps meet at an output changes from position to position.
-        return self.use_bias and all(size == 1 for size in (*self.kernel_size, *self.strides))
+        return self.use_bias
 
     def linear(self, inputs, kernel, bias=None):
         outputs = ops.conv_transpose(

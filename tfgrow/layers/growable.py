@@ -170,10 +170,7 @@ class Mixing(KernelLayer):
 
     @property
     def absorbs_constant(self) -> bool:
-        """Whether a constant added to a whole input channel is one that the bias can take over.
-
-        It isn't where there is no bias, or where padding stands beside the channel.
-        """
+        """Whether the variable `bias` is added to the response as it is, at every position."""
         return False
 
     def unfold(self, inputs):
@@ -215,6 +212,9 @@ class Channelwise:
     over_channels: ClassVar[bool] = False
     """Whether what it makes of a channel depends on all of them, and stays the same if each of them
     is there twice: they can only be doubled, all at once."""
+
+    subtracted: ClassVar[str | None] = None
+    """Name of a variable that is subtracted from the input in inference mode, if there is one."""
 
     def channel_map(self, incoming: ChannelMap, input_shape) -> ChannelMap:
         """Where the channels lie on the last axis of the output, given where they lie before."""

@@ -163,11 +163,12 @@ class Perturbed:
     """What a group of candidates does on one batch.
 
     Attributes:
-      values: leaf tensor id -> `[N, ..., size]`, in the layout of the group's path.
+      values: leaf tensor id -> `[N, ..., size]`, in the layout of the group's path; what lies
+        elsewhere, by names that the morphism gives.
       moments: statistics of the batch where layers of the path need them, `[n, blocks]` by name.
     """
 
-    values: Mapping[int, Any]
+    values: Mapping[Any, Any]
     moments: Mapping[str, Any]
 
 
@@ -241,14 +242,14 @@ class Morphism:
 
     def covectors(
         self, capture: Capture, group: Group, theta: Theta, perturbed: Perturbed
-    ) -> dict[int, Any]:
+    ) -> dict[Any, Any]:
         """Gradient and columns at what `perturb` returned: leaf -> `[1 + K, N, ..., size]`.
 
         They must not depend on the values in `perturbed`, only on their shapes.
         """
         raise NotImplementedError
 
-    def scalars(self, group: Group, covectors: Mapping[int, Any], perturbed: Perturbed) -> Any:
+    def scalars(self, group: Group, covectors: Mapping[Any, Any], perturbed: Perturbed) -> Any:
         """Each candidate's perturbation against gradient and columns, `[1 + K, N, n]`."""
         return tf.add_n(
             [
@@ -257,7 +258,7 @@ class Morphism:
             ]
         )
 
-    def slopes(self, group: Group, weights: Any, covectors: Mapping[int, Any]) -> dict[int, Any]:
+    def slopes(self, group: Group, weights: Any, covectors: Mapping[Any, Any]) -> dict[Any, Any]:
         """The transpose of `scalars`: the gradient of their weighted sum at `perturbed.values`.
 
         Args:

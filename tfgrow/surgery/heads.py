@@ -93,7 +93,9 @@ def _outgoing(edit: HeadsEdit, layer: Attention) -> dict[str, VariableChange]:
     if constant.any():
         bias = precise(np.asarray(layer.output_projection.bias))
         made = (constant @ rows).reshape(bias.shape)
-        changes[f"{layer.output_sublayer}.bias"] = VariableChange(bias + made.astype(bias.dtype))
+        changes[f"{layer.output_sublayer}.bias"] = VariableChange(
+            bias + made.astype(bias.dtype), shift=made
+        )
     return changes
 
 

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from tfgrow.graph.channels import Descent, Flow, Owners, descend
+from tfgrow.graph.constants import absorber_of
 from tfgrow.graph.nodes import Node
 from tfgrow.graph.sites import parameter_name
 from tfgrow.layers.growable import Growable
@@ -115,6 +116,23 @@ def _widen(work: dict, merged: dict[int, WidthEdit], graph) -> None:
             attributes = view.resized_attributes(widening.size(node.inputs[0]))
             if attributes:
                 _work(work, node.operation).attributes.update(attributes)
+    for node in reached.values():
+        if isinstance(node.operation, Growable) and node.mixing:
+            _place_constant(work, graph, node)
+
+
+def _place_constant(work: dict, graph, node: Node) -> None:
+    """Adds the constant that stands in for a layer's inputs where it can be added."""
+    constant = _work(work, node.operation).constant
+    if constant is None:
+        return
+    absorber = absorber_of(graph, node)
+    if absorber is None:
+        raise ValueError(
+            f"Layer '{node.name}' has no bias, and no BatchNormalization right behind it, that a "
+            "constant could be added to; remove the units with offset 0."
+        )
+    _work(work, absorber.layer).shift(absorber.variable, absorber.sign * constant)
 
 
 class _Widening:
@@ -215,7 +233,7 @@ def _fold(edit: WidthEdit, place: ChannelMap) -> tuple[np.ndarray, np.ndarray]:
 
     Returns:
       `[size, size]`, what is added to the rows' own part in the rows, and `[size]`, the constant
-      that stands in for an input: what the rows make of it goes to the bias.
+      that stands in for an input: what the rows make of it is added to the response.
     """
     gone, shares, offsets = _stand_ins(edit)
     fold, constant = np.zeros((place.size, place.size)), np.zeros(place.size)
@@ -238,7 +256,8 @@ class _LayerWork:
             for name, variable in getattr(layer, "growable_variables", dict)().items()
         }
         self.sources: dict[str, list[AxisSource]] = {name: [] for name in self.values}
-        self.moved: set[str] = set()  # variables that change without being resized
+        self.constant: np.ndarray | None = None  # what is to be added to the response, `[outputs]`
+        self._shifts: dict[str, np.ndarray] = {}  # by variable, what is added to it in the end
         self._larger: list[tuple[int, int]] = []  # taps before and behind the old kernel, by axis
         self._ring: np.ndarray | None = None  # what lies there, in the kernel's layout
 
@@ -247,11 +266,19 @@ class _LayerWork:
             self.layer,
             self.attributes,
             {
-                name: VariableChange(value, tuple(self.sources[name]))
+                name: self._change_of(name, value)
                 for name, value in self.values.items()
-                if self.sources[name] or name in self.moved
+                if self.sources[name] or name in self._shifts
             },
         )
+
+    def _change_of(self, name: str, value: np.ndarray) -> VariableChange:
+        shift = self._shifts.get(name, 0.0)
+        return VariableChange((value + shift).astype(value.dtype), tuple(self.sources[name]), shift)
+
+    def shift(self, name: str, by: np.ndarray) -> None:
+        """Adds to a variable as it will be in the end."""
+        self._shifts[name] = self._shifts.get(name, 0.0) + by
 
     def enlarge(self, edit: KernelEdit) -> None:
         old = self.values["kernel"]
@@ -383,15 +410,10 @@ class _LayerWork:
         for owner, edit in removing.items():
             more, offsets = _fold(edit, resized.before[owner])
             fold, constant = fold + more, constant + offsets
-        self._absorb(np.tensordot(constant, old, axes=1))
-        return np.tensordot(fold, old, axes=1).astype(old.dtype), fold
-
-    def _absorb(self, constant: np.ndarray) -> None:
-        """Adds to the bias what a constant input makes, `[..., outputs]` by tap."""
         if constant.any():
-            made = constant.reshape(-1, constant.shape[-1]).sum(axis=0)
-            self.values["bias"] = self.values["bias"] + made
-            self.moved.add("bias")
+            made = np.tensordot(constant, old, axes=1)
+            self.constant = made.reshape(-1, made.shape[-1]).sum(axis=0)
+        return np.tensordot(fold, old, axes=1).astype(old.dtype), fold
 
     def _newborn_rows(self, rows: np.ndarray, name: str, axis: int) -> np.ndarray:
         """`[T, B, O]` of a new unit as `[B, ...]`, in the layout of the kernel behind `axis`.
@@ -445,7 +467,7 @@ def inherited(change: VariableChange, old: np.ndarray) -> np.ndarray:
 
     The function those weights computed is unchanged: children take their parent's values without
     theta, and newborn units have no say. Only where units were removed is it another one; the
-    same units stand in for them, in the same shares, as in the model.
+    same units stand in for them, in the same shares and with the same constant, as in the model.
     """
     value = precise(np.asarray(old))
     for source in change.sources:
@@ -455,6 +477,7 @@ def inherited(change: VariableChange, old: np.ndarray) -> np.ndarray:
         taken = np.take(value, np.where(known, source.source, 0), axis=source.axis)
         taken = taken * source.value_scale.reshape(shape)
         value = np.where(known.reshape(shape), taken, 0.0)
+    value = value + change.shift
     for source in change.sources:
         if not source.newborn_zero:
             shape = [-1 if axis == source.axis else 1 for axis in range(value.ndim)]
