@@ -12,6 +12,7 @@ from tfgrow.curvature.normal import (
     outputs_trace,
     quadratic,
     scale_sums,
+    solve_factored,
     solve_sums,
     zero_sums,
 )
@@ -72,6 +73,19 @@ def test_solutions_are_those_of_the_matrix_it_stands_for(sketched, damping):
     for index in range(len(SIZES)):
         trace = tf.linalg.trace(whole[f"s/{index}"]) / whole[f"rows/{index}"]
         np.testing.assert_allclose(outputs_trace(found, index), trace, rtol=1e-5)
+
+
+def test_factored_damping_with_a_sketch(monkeypatch):
+    monkeypatch.setattr(normal, "SKETCHED", 0)
+    seen, cotangents = batch(1, SIZES[:1])
+    found = known(kronecker_sums(tensors(seen), tensors(cotangents)))
+    y = found["y/0"]
+    whole = {**found, "s/0": tf.matmul(y, y, transpose_a=True)}
+    del whole["y/0"]
+    several = np.asarray(DAMPINGS)[:, None]
+    np.testing.assert_allclose(
+        solve_factored(found, several), solve_factored(whole, several), rtol=1e-4, atol=1e-6
+    )
 
 
 def test_scaled_sums_stand_for_scaled_matrices(sketched):

@@ -18,7 +18,7 @@ from tfgrow.capture.capture import observe
 from tfgrow.curvature.normal import quadratic
 from tfgrow.graph.nodes import trace
 from tfgrow.graph.sites import find_sites
-from tfgrow.morphisms import branch
+from tfgrow.morphisms import branch, skip
 from tfgrow.morphisms.base import perturb_all
 from tfgrow.morphisms.registry import get, group_candidates
 from tfgrow.passes import objective
@@ -255,3 +255,13 @@ def test_wide_branches_need_no_eigenvalues(monkeypatch):
     estimated = estimator.score([small], data)[0]
     assert estimated < 0
     assert tfgrow.measure_change(model, small, data) == pytest.approx(estimated, rel=0.1)
+
+
+def test_tensors_of_very_many_channels_are_no_sources(monkeypatch):
+    model = by_name("residual_stream").model()
+    every = {(c.site.name, c.unit) for c in tfgrow.candidates(model, "skip")}
+    monkeypatch.setattr(skip, "MOST_CHANNELS", 2)
+    model = by_name("residual_stream").model()
+    few = tfgrow.candidates(model, "skip")
+    assert 0 < len(few) < len(every)
+    assert all(get("skip").branchings(c.site)[c.unit].channels <= 2 for c in few)

@@ -137,21 +137,27 @@ def solve_factored(sums: Sums, damping) -> tf.Tensor:
     """
     if np.ndim(damping):
         return tf.stack([solve_factored(sums, one) for one in np.ravel(damping)])
-    a = tf.cast(sums["a/0"], tf.float64)
-    s = tf.cast(sums["s/0"], tf.float64)[None]
-    s = tf.math.divide_no_nan(s, tf.cast(sums["rows/0"], tf.float64))
-    g = tf.reshape(tf.cast(sums["g"], tf.float64), (-1, a.shape[-1], s.shape[-1]))
-    first, second = (_damped_cholesky(matrix, damping**0.5) for matrix in (a, s))
-    half = tf.linalg.cholesky_solve(first, g)
-    solved = tf.linalg.cholesky_solve(second, tf.linalg.matrix_transpose(half))
-    phi = -tf.reshape(tf.linalg.matrix_transpose(solved), (-1, g.shape[1] * g.shape[2]))
-    return _bounded(sums, phi)
+    a, outputs = tf.cast(sums["a/0"], tf.float64), _outputs_factor(sums, 0)
+    g = tf.reshape(tf.cast(sums["g"], tf.float64), (-1, a.shape[-1], outputs.shape[-1]))
+    half = tf.linalg.cholesky_solve(_damped_cholesky(a, damping**0.5), g)
+    if "y/0" in sums:
+        ridge = _ridge(damping**0.5, outputs_trace(sums) / outputs.shape[-1])
+        solved = solve_by_sketch(tf.ones_like(half[:, :, 0]), outputs, ridge[None], half)
+    else:
+        second = _damped_cholesky(outputs[None], damping**0.5)
+        solved = tf.linalg.cholesky_solve(second, tf.linalg.matrix_transpose(half))
+        solved = tf.linalg.matrix_transpose(solved)
+    return _bounded(sums, -tf.reshape(solved, (-1, g.shape[1] * g.shape[2])))
 
 
 def _damped_cholesky(matrix, damping):
     diagonal = tf.linalg.diag_part(matrix)
-    ridge = tf.maximum(damping * tf.reduce_mean(diagonal, axis=-1, keepdims=True), 1e-30)
+    ridge = _ridge(damping, tf.reduce_mean(diagonal, axis=-1, keepdims=True))
     return tf.linalg.cholesky(tf.linalg.set_diag(matrix, diagonal + ridge))
+
+
+def _ridge(damping, mean):
+    return tf.maximum(damping * mean, 1e-30)
 
 
 def _bounded(sums: Sums, phi) -> tf.Tensor:
@@ -270,7 +276,7 @@ def _consumers(sums: Sums) -> int:
 
 def _outputs_factor(sums: Sums, index: int):
     """A consumer's S, or its sketch; for one row, in float64."""
-    rows = tf.cast(sums[f"rows/{index}"], tf.float64)
+    rows = tf.maximum(tf.cast(sums[f"rows/{index}"], tf.float64), 1.0)  # no data are no rows
     if f"y/{index}" in sums:
         return tf.cast(sums[f"y/{index}"], tf.float64) / tf.sqrt(rows)
     return tf.cast(sums[f"s/{index}"], tf.float64) / rows

@@ -31,7 +31,6 @@ from tfgrow.curvature.normal import (
     solve_sums,
     zero_sums,
 )
-from tfgrow.curvature.sketch import SKETCHED
 from tfgrow.graph.nodes import Graph, Node
 from tfgrow.morphisms.base import OneByOne, Perturbed
 
@@ -156,7 +155,7 @@ def _dense(group) -> bool:
 
 
 def _solver(group) -> Callable:
-    wide = WIDE < group.theta["last"].shape[-1] <= SKETCHED
+    wide = max(group.theta["last"].shape[1:]) > WIDE
     return solve_factored if wide and not _dense(group) else solve_sums
 
 

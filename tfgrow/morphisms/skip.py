@@ -30,6 +30,9 @@ from tfgrow.types import BranchEdit, Cost, Demand, NewLayer
 SOURCES = 2
 """How many earlier tensors are tried per place, the nearest ones."""
 
+MOST_CHANNELS = 2304
+"""Of tensors of more channels, no projection is tried: their correlations fill the memory."""
+
 
 class Skip(Branch):
     """Adds a projection of an earlier tensor. See the module's docstring."""
@@ -107,7 +110,7 @@ def _sources(graph: Graph, target: Node, tensor: int) -> list[tuple[Node, int]]:
     for read in read_by_mixing:
         node = maker_of(graph, read)
         known = graph.tensors[read].shape
-        fits = tuple(known[:-1]) == tuple(shape[:-1]) and known[-1] is not None
+        fits = tuple(known[:-1]) == tuple(shape[:-1]) and (known[-1] or np.inf) <= MOST_CHANNELS
         if node is not None and node.index in upstream and fits:
             found.append((node, read))
     return sorted(found, key=lambda pair: -pair[0].index)
