@@ -151,12 +151,8 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dense", [True, False])
-def test_the_closed_form_minimises_the_quadratic_at_the_response(monkeypatch, dense, kind):
-    """Of a net that is linear behind it, where that is the whole truth."""
-    if not dense:
-        monkeypatch.setattr(rings, "DENSE_LIMIT", 0)
+def quadratic_of_ring(kind):
+    """The one group of a net linear behind its convolution, its sums, and its change by a ring."""
     model = tfgrow.convert(linear_net(3, kind))
 
     class Net:
@@ -170,15 +166,24 @@ def test_the_closed_form_minimises_the_quadratic_at_the_response(monkeypatch, de
     captured = capture_of(Net, group.morphism.taps(group.site))
     (perturbed,) = perturb_all(captured, [group], [group.theta], fresh=False)
     sums = {**KIND.equations(captured, group, perturbed), "loss": tf.zeros(())}
-    assert ("q" in sums and len(sums["q"]) == 1) == dense
     covectors = KIND.covectors(captured, group, {}, perturbed)
 
     def change(ring):
-        theta = {**group.theta, "ring": ring}
-        (effect,) = perturb_all(captured, [group], [theta], fresh=False)
+        (effect,) = perturb_all(captured, [group], [{**group.theta, "ring": ring}], fresh=False)
         scalars = KIND.scalars(group, covectors, effect).numpy()
         return float(scalars[0].sum() + 0.5 * (scalars[1:] ** 2).sum())
 
+    return group, sums, change
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dense", [True, False])
+def test_the_closed_form_minimises_the_quadratic_at_the_response(monkeypatch, dense, kind):
+    """Of a net that is linear behind it, where that is the whole truth."""
+    if not dense:
+        monkeypatch.setattr(rings, "DENSE_LIMIT", 0)
+    group, sums, change = quadratic_of_ring(kind)
+    assert ("q" in sums and len(sums["q"]) == 1) == dense
     ring = tf.constant(group.theta["ring"])
     if dense:
         flat = tf.reshape(ring, (1, -1))
@@ -193,28 +198,8 @@ def test_the_closed_form_minimises_the_quadratic_at_the_response(monkeypatch, de
 def test_the_closed_form_of_every_output_by_itself(monkeypatch, kind):
     """No other ring of one output alone is better than its own, undamped."""
     monkeypatch.setattr(rings, "DENSE_LIMIT", 0)
-    model = tfgrow.convert(linear_net(3, kind))
-
-    class Net:
-        graph = trace(model)
-        data = regression_data(model, 64)
-
-    (candidate,) = ringed(model, sites=["conv"])
-    length = np.zeros_like(candidate.theta["length"])
-    (group,), _ = group_candidates(
-        model, [candidate.replace(theta={**candidate.theta, "length": length})]
-    )
-    captured = capture_of(Net, group.morphism.taps(group.site))
-    (perturbed,) = perturb_all(captured, [group], [group.theta], fresh=False)
-    sums = {**KIND.equations(captured, group, perturbed), "loss": tf.zeros(())}
+    group, sums, change = quadratic_of_ring(kind)
     best = KIND.solve(group, sums, 1e-6)["ring"].numpy()
-    covectors = KIND.covectors(captured, group, {}, perturbed)
-
-    def change(ring):
-        (effect,) = perturb_all(captured, [group], [{**group.theta, "ring": ring}], fresh=False)
-        scalars = KIND.scalars(group, covectors, effect).numpy()
-        return float(scalars[0].sum() + 0.5 * (scalars[1:] ** 2).sum())
-
     rng = np.random.default_rng(0)
     taps = best.shape[1]
     for output in range(4):
