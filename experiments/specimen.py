@@ -282,11 +282,13 @@ class Specimen:
         every = tfgrow.find_sites(self.model)
         can = [site for site in every if site.blocked is None]
         self.sites = [site.name for site in spread(can)]
-        wider = {layer for site in can for layer in layers_that_widen(site)}
+        doubling = [site for site in every if site.doubles]
+        wider = {layer for site in (*can, *doubling) for layer in layers_that_widen(site)}
         larger = {layer for site in every for layer in layers_with_larger_kernels(site)}
         convolutions = [layer.name for layer in self.model.layers if "Conv" in type(layer).__name__]
         self.result |= {
             "sites": len(can),
+            "doubling": len(doubling),
             "layers": sum(len(site.producers) for site in can),
             "tied": sum(len(site.producers) > 1 for site in can),
             "in_a_row": sum(_is_concatenated(site) for site in can),

@@ -193,7 +193,7 @@ def table(results: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[An
     columns += ["all", "seconds", "CPU seconds", "GB"]
     rows = []
     for one in results:
-        row = [one["model"], *(one.get(name) for name in ("input", "params", "sites", "layers"))]
+        row = [one["model"], one.get("input"), one.get("params"), _sites(one), one.get("layers")]
         row += [_convolutions(one), sum(one.get("blocked", {}).values()), verdict(one)]
         row += [max(deviations(one).values(), default=None)]
         row += [_ratio(one.get("morphisms", {}).get(kind, {})) for kind in kinds]
@@ -202,6 +202,18 @@ def table(results: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[An
         row += [one.get("peak_gb")]
         rows.append(row)
     return columns, rows
+
+
+def _sites(one: Mapping[str, Any]) -> str | None:
+    """How many can grow unit by unit, and how many by doubling all of them."""
+    doubling = one.get("doubling")
+    return (
+        f"{one['sites']} + {doubling}"
+        if doubling
+        else str(one["sites"])
+        if "sites" in one
+        else None
+    )
 
 
 def _convolutions(one: Mapping[str, Any]) -> str | None:
@@ -246,9 +258,11 @@ def page(results: Sequence[Mapping[str, Any]]) -> str:
         "# The zoo: growing every architecture of `keras.applications`",
         f"{len(results)} networks with random weights and {settings['images']} random images, "
         "written by `python -m experiments.zoo`. A site's layers are tied by additions or gates "
-        "and grow together. Convolutions that can grow have filters to be added, have channels "
-        "that follow those of another layer, or a kernel that can be enlarged on inputs of this "
-        "size; a place is blocked where nothing of this is possible. Outputs are those after "
+        "and grow together; after a + stand sites whose units can only be doubled, all at once, "
+        "since a layer normalises over them. Convolutions that can grow have filters to be added, "
+        "have channels that follow those of another layer, or a kernel that can be enlarged on "
+        "inputs of this size; a place is blocked where nothing of this is possible. Outputs are "
+        "those after "
         "converting, after edits at theta = 0 (a pruned unit: a copy of another), after saving and "
         "loading and in the SavedModel of the grown "
         f"network; they are equal if they differ by at most {SAME:g} of the largest. Where an edit "

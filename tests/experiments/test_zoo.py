@@ -274,17 +274,20 @@ def test_most_convolutions_of_real_architectures_are_in_sites(name):
 
 
 @pytest.mark.slow
-def test_most_convolutions_of_convnext_can_grow():
-    """Their channels are held by LayerNormalization; it is the depthwise kernels that can grow."""
+def test_all_convolutions_of_convnext_can_grow():
+    """LayerNormalization holds the channels of its stages together: they grow by doubling."""
     build = specimen.architectures()["ConvNeXtTiny"]
     model = tfgrow.convert(build(weights=None, input_shape=(224, 224, 3), classes=10))
     sites = tfgrow.find_sites(model)
-    larger = {layer for site in sites for layer in specimen.layers_with_larger_kernels(site)}
-    convolutions = [layer.name for layer in model.layers if "Conv" in type(layer).__name__]
+    convolutions = {layer.name for layer in model.layers if "Conv" in type(layer).__name__}
     assert len(convolutions) == 22
-    assert len(larger & set(convolutions)) == 18
+    stages = [site for site in sites if site.doubles]
+    assert [site.units for site in stages] == [96, 192, 384, 768]
+    assert convolutions <= {layer for site in stages for layer in specimen.layers_that_widen(site)}
     hidden = [site for site in sites if site.blocked is None]
     assert len(hidden) == 18, "the hidden layers of all blocks"
+    larger = {layer for site in sites for layer in specimen.layers_with_larger_kernels(site)}
+    assert len(larger & convolutions) == 18, "all depthwise ones"
 
 
 def test_networks_run_side_by_side(tmp_path, monkeypatch, examined):

@@ -42,6 +42,7 @@ class Double(OneByOne):
 
     name = "double"
     reads_producer = False
+    edits_unit = False
     units = 0  # not one by one
 
     def reason(self, site):

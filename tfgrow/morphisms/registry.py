@@ -89,8 +89,9 @@ def candidates(
 
     Returns:
       One candidate per unit of a site for `"split"` and `"prune"`, `new_units` per site for
-      `"add"`, one per convolution for `"enlarge_kernel"`; per head of an attention layer for
-      `"heads"` and `"prune_heads"`, `new_units` per such layer for `"add_heads"`.
+      `"add"`, one per convolution for `"enlarge_kernel"`, one per site for `"double"`; per head of
+      an attention layer for `"heads"` and `"prune_heads"`, `new_units` per such layer for
+      `"add_heads"`.
 
     Raises:
       ValueError: for an unknown morphism or site, one that is blocked, or one of another model.
