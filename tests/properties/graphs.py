@@ -95,6 +95,13 @@ def _norm(pool, x, a, b, c):
     return layers.BatchNormalization(center=a != 1, scale=b != 1)(x)
 
 
+def _over_channels(pool, x, a, b, c):
+    """Channels behind this can only be doubled."""
+    if b % 2:
+        return layers.RMSNormalization(epsilon=0.1)(x)
+    return layers.LayerNormalization(epsilon=0.1, center=a != 1, scale=c != 1)(x)
+
+
 def _act(pool, x, a, b, c):
     return layers.Activation(_activation(pool, 1 + c))(x)
 
@@ -254,6 +261,7 @@ MOVES: dict[str, Callable] = {
     "conv": _conv,
     "dense": _dense_anywhere,
     "norm": _norm,
+    "over_channels": _over_channels,
     "act": _act,
     "relu": lambda pool, x, a, b, c: layers.ReLU()(x),
     "prelu": lambda pool, x, a, b, c: layers.PReLU()(x),

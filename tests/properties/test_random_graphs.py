@@ -67,10 +67,10 @@ def check_sites(recipe):
     graph = trace(model)
     sites = tfgrow.find_sites(model)
     names = {node.name for node in graph.nodes}
-    made = [node.operation for site in sites if not site.blocked for node in site.producers]
-    blocked = [site.producer for site in sites if site.blocked]
-    mixing = {node.name for node in graph.nodes if node.mixing}
-    assert sorted(layer.name for layer in made + blocked) == sorted(mixing)
+    made = [node.operation for site in sites if site.widens for node in site.producers]
+    blocked = [site.producer for site in sites if not site.widens]
+    with_kernels = {node.name for node in graph.nodes if node.weighs}
+    assert sorted(layer.name for layer in made + blocked) == sorted(with_kernels)
     for site in sites:
         if site.blocked:
             assert any(f"'{name}'" in site.blocked for name in names), site.blocked
@@ -90,15 +90,20 @@ def check_rest(recipe, seed):
     graph = trace(model)
     sites = sites_of(model, graph)
     free = {site.name: site.units for site in sites if not site.blocked}
-    if not free:
+    doubling = {site.name: site.units for site in sites if site.doubles}
+    if not free and not doubling:
         return
-    costs = CostModel(graph, sites).extra({name: units + 1 for name, units in free.items()})
+    wider = {name: units + 1 for name, units in free.items()}
+    costs = CostModel(graph, sites).extra({**wider, **doubling})
     params, flops = model.count_params(), model_flops(graph)
     shapes = [layer.output.shape for layer in stock.layers if called_once(layer)]
-    candidates = tfgrow.candidates(model, new_units=1, seed=seed)
+    kinds = [*(("split", "add") if free else ()), *(("double",) if doubling else ())]
+    candidates = tfgrow.candidates(model, kinds, new_units=1, seed=seed)
     event = tfgrow.apply(model, at_scale(candidates, 0.0))
     close(outputs(model, x), before)
-    assert event.widths == {name: (units, 2 * units + 1) for name, units in free.items()}
+    expected = {name: (units, 2 * units + 1) for name, units in free.items()}
+    expected |= {name: (units, 2 * units) for name, units in doubling.items()}
+    assert event.widths == expected
     assert model.count_params() - params == costs.params
     assert model_flops(trace(model)) - flops == costs.flops
     close(outputs(tfgrow.strip(model), x), before)
