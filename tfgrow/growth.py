@@ -222,7 +222,7 @@ def newborn_of(candidates: Sequence[Candidate]) -> dict[str, int]:
     """Site name -> number of units that the candidates bring."""
     newborn: Counter[str] = Counter()
     for candidate in candidates:
-        newborn[candidate.site.name] += max(0, get(candidate.morphism).demand(candidate).units)
+        newborn[candidate.site.name] += get(candidate.morphism).newborn(candidate)
     return {name: units for name, units in newborn.items() if units}
 
 

@@ -389,6 +389,16 @@ def test_the_oracle_enlarges_where_a_larger_kernel_is_what_is_missing():
     assert 0.7 < measured / plan.estimated_change < 1.4
 
 
+def test_a_kernel_may_cover_its_input_afterwards():
+    inputs = keras.Input((3, 3, 2))
+    x = layers.Conv2D(3, 3, padding="same", name="conv")(inputs)
+    model = tfgrow.convert(keras.Model(inputs, layers.Dense(1)(layers.Flatten()(x))))
+    event = tfgrow.apply(model, tfgrow.candidates(model, "enlarge_kernel"))
+    assert (model.get_layer("conv").kernel_size, event.newborn) == ((5, 5), {})
+    with pytest.raises(ValueError, match="covers its whole input already"):
+        tfgrow.candidates(model, "enlarge_kernel")
+
+
 def test_a_kernel_that_covers_its_input_says_so():
     model = by_name("squeeze_and_excite").model()
     names = {c.site.name for c in tfgrow.candidates(model, "enlarge_kernel")}

@@ -205,6 +205,11 @@ class Morphism:
         del candidate
         return Demand(units=self.units)
 
+    def newborn(self, candidate: Candidate) -> int:
+        """How many new units it brings; asked for when it has been applied, too."""
+        del candidate
+        return max(0, self.units)
+
     def group_key(self, candidate: Candidate) -> Hashable:
         """Candidates of a site are stacked with those of an equal key: their shapes are equal."""
         del candidate

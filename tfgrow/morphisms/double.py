@@ -55,6 +55,9 @@ class Double(OneByOne):
     def demand(self, candidate):
         return Demand(units=candidate.site.units)
 
+    def newborn(self, candidate):
+        return candidate.site.units
+
     def candidates(self, site, *, new_units, seed):
         del new_units
         rng = np.random.default_rng([seed, 3, *site.name.encode()])
