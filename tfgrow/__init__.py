@@ -16,7 +16,7 @@ In an ordinary `model.fit`:
     tfgrow.export(model, "saved_models/mine/1")
 """
 
-from tfgrow import callbacks, layers, schedules
+from tfgrow import callbacks, layers, schedules, strategies
 from tfgrow.deepening import deepen
 from tfgrow.estimator import GaussNewtonEstimator
 from tfgrow.export import export
@@ -53,6 +53,7 @@ __all__ = [
     "measure_change",
     "prune",
     "schedules",
+    "strategies",
     "strip",
     "widen",
 ]

@@ -18,7 +18,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from tfgrow import schedules
+from tfgrow import schedules, strategies
 from tfgrow._checks import require_whole
 from tfgrow.graph.sites import find_sites
 from tfgrow.growth import describe, newborn_of, size_of, widths_changed, widths_of
@@ -60,12 +60,14 @@ class Growth(keras.callbacks.Callback):
     journal in places of its own, named like the original's with `-n` at the end.
 
     Args:
-      oracle: what proposes the edits, usually a `tfgrow.GaussNewtonOracle`.
+      oracle: what proposes the edits, usually a `tfgrow.GaussNewtonOracle`; or the name of one,
+        see `tfgrow.strategies.get`.
       data: what edits are learned, scored and judged on: anything `model.fit` takes, with targets,
         usually the training data.
       every: grow every so many epochs. Give this or `when`; 2 by default.
       when: a `tfgrow.schedules.Schedule`, or its short form such as `"on_plateau"`.
-      guard: whether to judge a set on held-out batches before it is committed.
+      guard: whether to judge a set on held-out batches before it is committed; strategies that
+        promise nothing of the loss are never judged.
       tolerance: by how much an event may raise the held-out loss (negative: must lower it).
       journal: path of a JSON file that holds the events, or None.
       verbose: 0 silent, 1 a line per event and a progress bar, 2 a line per event; `"auto"` as fit.
@@ -93,7 +95,7 @@ class Growth(keras.callbacks.Callback):
 
     def __init__(
         self,
-        oracle: GrowthOracle,
+        oracle: GrowthOracle | str,
         data: Any = None,
         every: int | None = None,
         when: Any = None,
@@ -104,11 +106,6 @@ class Growth(keras.callbacks.Callback):
         rounds: int = 1,
     ) -> None:
         super().__init__()
-        if not isinstance(oracle, GrowthOracle):
-            raise TypeError(
-                f"oracle must be a growth oracle such as tfgrow.GaussNewtonOracle. Found: "
-                f"{type(oracle).__name__}"
-            )
         if every is not None and when is not None:
             raise ValueError("Give `every` or `when`, not both.")
         if not isinstance(tolerance, (int, float)) or math.isnan(tolerance):
@@ -116,7 +113,7 @@ class Growth(keras.callbacks.Callback):
         if verbose not in ("auto", 0, 1, 2):
             raise ValueError(f"verbose must be 'auto', 0, 1 or 2. Found: {verbose!r}")
         require_whole("rounds", rounds, optional=False)
-        self.oracle = oracle
+        self.oracle = strategies.get(oracle)
         self.data = data
         self.rounds = rounds
         self.schedule = schedules.get((2 if every is None else every) if when is None else when)
@@ -236,7 +233,8 @@ class Growth(keras.callbacks.Callback):
         """Applies the plan as the guard allows; also returns the seconds that it took."""
         clock = time.perf_counter()
         model = self.model
-        alphas, tolerance = (ALPHAS, self.tolerance) if self.guard else ((1.0,), np.inf)
+        guard = self.guard and self.oracle.guarded
+        alphas, tolerance = (ALPHAS, self.tolerance) if guard else ((1.0,), np.inf)
         outcome = commit(
             model,
             plan.candidates,
@@ -271,7 +269,7 @@ class Growth(keras.callbacks.Callback):
         )
 
     def _why_rejected(self, outcome: Outcome) -> str:
-        if not self.guard:
+        if not (self.guard and self.oracle.guarded):
             return f"the held-out loss became {outcome.loss_after}"
         return f"the held-out loss rose at every scale down to {ALPHAS[-1]}"
 

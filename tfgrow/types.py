@@ -351,7 +351,8 @@ class Plan:
 
     Attributes:
       candidates: the chosen `Candidate`s, in the order they were picked.
-      estimated_change: joint estimate of the change of the mean loss (negative is better).
+      estimated_change: joint estimate of the change of the mean loss (negative is better); None
+        from a strategy that makes none.
       cost: what applying all of them adds to the model.
       widths: site name -> (units before, units after).
       seconds: seconds spent per phase (`"learn"`, `"score"`, `"select"`, ...).
@@ -359,7 +360,7 @@ class Plan:
     """
 
     candidates: tuple
-    estimated_change: float
+    estimated_change: float | None
     cost: Cost
     widths: Mapping[str, tuple[int, int]]
     seconds: Mapping[str, float]

@@ -20,7 +20,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import keras_tuner
 import numpy as np
@@ -95,6 +95,9 @@ class GrowthOracle(keras_tuner.Oracle, abc.ABC):
     """
 
     trials: dict[str, Trial]  # made by Keras Tuner, which has no types
+
+    guarded: ClassVar[bool] = True
+    """Whether a step that raises the held-out loss is scaled down or dropped (`Growth(guard=)`)."""
 
     def __init__(
         self,
@@ -636,7 +639,7 @@ def _as_number(value: Any) -> float | None:
 def _check_plan(plan: Any, strategy: str) -> None:
     if not isinstance(plan, Plan):
         raise TypeError(f"{strategy}.propose_plan must return a Plan. Found: {plan!r}")
-    if not math.isfinite(plan.estimated_change):
+    if plan.estimated_change is not None and not math.isfinite(plan.estimated_change):
         raise ValueError(
             f"{strategy} estimated a change of {plan.estimated_change}. Check the estimation data "
             "and the loss for NaN or overflow."

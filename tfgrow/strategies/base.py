@@ -1,0 +1,182 @@
+"""What strategies share that widen sites by whole units and estimate nothing."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from tfgrow._checks import require_whole
+from tfgrow.graph.cost import CostModel
+from tfgrow.graph.nodes import trace
+from tfgrow.graph.sites import Site, sites_of
+from tfgrow.morphisms.base import Candidate
+from tfgrow.morphisms.registry import candidates as make_candidates
+from tfgrow.oracle.base import GrowthOracle
+from tfgrow.oracle.data import GrowthData, split_data
+from tfgrow.oracle.selection import Limits
+from tfgrow.strategies.statistics import measured
+from tfgrow.types import Cost, Plan
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Room:
+    """Where one step may add units, and how many.
+
+    Attributes:
+      model: the live model.
+      sites: those that may grow, by name.
+      costs: what more units cost.
+      limits: the most that may be spent.
+      seed: of the step.
+    """
+
+    model: keras.Model
+    sites: Mapping[str, Site]
+    costs: CostModel
+    limits: Limits
+    seed: int
+
+    def fits(self, extra: Mapping[str, int]) -> bool:
+        """Whether so many more units (by site) are within the limits."""
+        cost, limits = self.costs.extra(extra), self.limits
+        return all(
+            limit is None or spent <= limit
+            for spent, limit in (
+                (cost.params, limits.params),
+                (cost.flops, limits.flops),
+                (sum(extra.values()), limits.edits),
+            )
+        )
+
+    def next_width(self, site: str, extra: int) -> int:
+        """The next allowed width of a site that is to have so many more units: by `round_to`."""
+        multiple = self.limits.round_to or 1
+        width = self.sites[site].units + extra
+        return width + (-width % multiple or multiple)
+
+    def new_units(self, extra: Mapping[str, int]) -> list[Candidate]:
+        """So many new units: random incoming weights, outgoing ones of zero."""
+        found = []
+        for site, count in extra.items():
+            if count:
+                found += make_candidates(
+                    self.model, "add", sites=[site], new_units=count, seed=self.seed
+                )
+        return found
+
+
+class Strategy(GrowthOracle):
+    """Base of strategies that widen sites by whole units and estimate nothing.
+
+    A subclass writes `choose`. The budget, the choice of sites and the bookkeeping are those of
+    every growth oracle; the guard is left out, since nothing is promised that it could check.
+
+    Args:
+      objective: name of the metric that ranks the trials.
+      growth_per_step: a fraction is the most parameters one step may add, relative to those the
+        model has; a whole number is the most units.
+      batches: batches on which the statistics of new units are measured.
+      **kwargs: see `tfgrow.oracle.base.GrowthOracle`.
+    """
+
+    guarded = False
+
+    def __init__(
+        self,
+        objective: Any = "val_loss",
+        *,
+        growth_per_step: int | float | None = 0.3,
+        batches: int = 4,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(objective=objective, growth_per_step=growth_per_step, **kwargs)
+        require_whole("batches", batches, optional=False)
+        self.batches = batches
+
+    @abc.abstractmethod
+    def choose(self, room: Room) -> list[Candidate]:
+        """The edits of one step, within `room`; none if nothing fits."""
+
+    def split(self, dataset) -> GrowthData:
+        """Disjoint batches of a dataset for one step: all but a few to measure statistics on."""
+        if isinstance(dataset, GrowthData):
+            return dataset
+        return split_data(dataset, self.batches, 1, 1, seed=self.next_seed())
+
+    def propose_plan(
+        self,
+        model: keras.Model,
+        data: Any,
+        *,
+        epoch: int = 0,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Plan:
+        """Chooses and measures; see the class. `data` is a dataset or a `GrowthData`."""
+        del epoch, progress
+        started = time.perf_counter()
+        parts = self.split(data)
+        room = self._room(model)
+        chosen = self.choose(room)
+        extra = _counted(chosen)
+        reason = "" if chosen else "no further unit fits the budget"
+        plan = Plan(
+            candidates=tuple(measured(model, chosen, parts.learn)),
+            estimated_change=None,
+            cost=room.costs.extra(extra) if chosen else Cost(),
+            widths={
+                name: (room.sites[name].units, room.sites[name].units + count)
+                for name, count in extra.items()
+            },
+            seconds={"choose": time.perf_counter() - started},
+            reason=reason,
+        )
+        return plan
+
+    def _room(self, model: keras.Model) -> Room:
+        graph = trace(model)
+        every = self.open_sites(sites_of(model, graph))
+        costs = CostModel(graph, every)
+        names = self.site_names([site.names for site in every])
+        sites = {site.name: site for site in every if site.name in names}
+        smallest = min((costs.extra({name: 1}).params for name in sites), default=0)
+        limits = self.limits(model.count_params(), costs.base.flops, smallest)
+        return Room(model, sites, costs, limits, self.next_seed())
+
+
+def scaled_alike(room: Room, most: float = np.inf) -> dict[str, int]:
+    """Units to add so that all widths grow by the same factor, as far as they fit.
+
+    One after the other, whichever site is then the least widened; so that small steps, too small
+    for every site to have a unit, are used up as well.
+
+    Args:
+      room: see `Room`.
+      most: largest factor.
+    """
+    extra = dict.fromkeys(room.sites, 0)
+    open_to = list(room.sites)
+
+    def factor(name: str) -> float:
+        return room.next_width(name, extra[name]) / room.sites[name].units
+
+    while open_to:
+        name = min(open_to, key=factor)
+        wanted = room.next_width(name, extra[name]) - room.sites[name].units
+        if factor(name) <= most and room.fits({**extra, name: wanted}):
+            extra[name] = wanted
+        else:
+            open_to.remove(name)
+    return extra
+
+
+def _counted(chosen: Sequence[Candidate]) -> dict[str, int]:
+    extra: dict[str, int] = {}
+    for candidate in chosen:
+        extra[candidate.site.name] = extra.get(candidate.site.name, 0) + 1
+    return extra
