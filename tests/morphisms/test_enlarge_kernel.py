@@ -11,6 +11,7 @@ from tests.cases import by_name, inputs_of, regression_data
 from tests.morphisms.effects import applied, capture_of, outputs
 from tfgrow.capture.capture import observe, prepare_inputs
 from tfgrow.capture.execute import execute
+from tfgrow.curvature import normal
 from tfgrow.curvature.normal import quadratic
 from tfgrow.graph.nodes import trace
 from tfgrow.morphisms import rings
@@ -222,11 +223,20 @@ def linear_net(kernel_size, kind="conv"):
 
 @pytest.mark.parametrize(
     ("kind", "dense"),
-    [("conv", True), ("depthwise", True), ("depthwise", False), ("grouped", False)],
+    [
+        ("conv", True),
+        ("conv", False),
+        ("conv", "sketched"),
+        ("depthwise", True),
+        ("depthwise", False),
+        ("grouped", False),
+    ],
 )
 def test_a_lost_ring_is_found_again(monkeypatch, kind, dense):
     """A net that differs from its teacher by the ring of one kernel: the closed form finds it."""
-    if not dense:
+    if dense == "sketched":
+        monkeypatch.setattr(normal, "SKETCHED", 0)
+    if dense is not True:
         monkeypatch.setattr(rings, "DENSE_LIMIT", 0)
     keras.utils.set_random_seed(0)
 
@@ -249,7 +259,8 @@ def test_a_lost_ring_is_found_again(monkeypatch, kind, dense):
     truth[1:4, 1:4] = 0
     ring = student.get_layer("conv").kernel.numpy()
     ring[1:4, 1:4] = 0
-    assert np.corrcoef(ring.ravel(), truth.ravel())[0, 1] > 0.95
+    factored = kind == "conv" and dense is not True  # and then not quite the direction
+    assert np.corrcoef(ring.ravel(), truth.ravel())[0, 1] > (0.9 if factored else 0.95)
 
 
 def test_with_widening_of_the_same_layer_and_its_neighbours():

@@ -106,12 +106,16 @@ def kronecker_sums(seen: Sequence, cotangents: Sequence) -> dict[str, tf.Tensor]
         parts.append(tf.reshape(total, (-1, total.shape[1] * total.shape[2])))
         rows = tf.reshape(c[1:], (-1, c.shape[-1]))
         sums[f"a/{index}"] = tf.einsum("inpa,inpb->nab", u, u)
-        if c.shape[-1] > SKETCHED:
-            sums[f"y/{index}"] = sketch(rows)
-        else:
-            sums[f"s/{index}"] = tf.matmul(rows, rows, transpose_a=True)
+        sums |= outputs_sums(rows, index)
         sums[f"rows/{index}"] = tf.cast(tf.size(c[0]) / c.shape[-1], tf.float32)
     return {"g": tf.concat(parts, axis=-1), **sums}
+
+
+def outputs_sums(rows, index: int = 0) -> dict[str, tf.Tensor]:
+    """A consumer's S of some rows `[r, O]` of columns, or its sketch, under the name it goes by."""
+    if rows.shape[-1] > SKETCHED:
+        return {f"y/{index}": sketch(rows)}
+    return {f"s/{index}": tf.matmul(rows, rows, transpose_a=True)}
 
 
 def _sample_gradients(u, c):

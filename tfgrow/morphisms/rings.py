@@ -10,7 +10,13 @@ from __future__ import annotations
 import numpy as np
 import tensorflow as tf
 
-from tfgrow.curvature.normal import dense_sums, solve_factored, solve_sums, zero_sums
+from tfgrow.curvature.normal import (
+    dense_sums,
+    outputs_sums,
+    solve_factored,
+    solve_sums,
+    zero_sums,
+)
 from tfgrow.layers.growable import Enlargement
 
 DENSE_LIMIT = 1024
@@ -122,7 +128,7 @@ def _factored_sums(group, read, stacked) -> dict:
     return {
         "g": tf.reshape(slope, (1, -1)),
         "a/0": share * tf.matmul(rows, rows, transpose_a=True)[None],
-        "s/0": tf.matmul(columns, columns, transpose_a=True),
+        **outputs_sums(columns),
         "rows/0": tf.cast(samples * positions, tf.float32),
     }
 
