@@ -224,7 +224,7 @@ def test_a_stopped_run_leaves_nothing_and_says_no_more_than_a_line(tmp_path, num
             if line.startswith("epoch"):
                 break
         running.send_signal(number)
-        _, said = running.communicate(timeout=60)
+        _, said = running.communicate(timeout=180)
     assert running.returncode == {signal.SIGTERM: 143, signal.SIGINT: 130}[number]
     assert "Traceback" not in said
     assert not list(tmp_path.iterdir())
