@@ -160,9 +160,10 @@ def deviations(result: Mapping[str, Any]) -> dict[str, float]:
 
 
 def in_double(result: Mapping[str, Any]) -> dict[str, float]:
-    """The same in double precision, of edits after which single precision differed."""
+    """The same in double precision, of what single precision differed after."""
     found = result.get("morphisms", {}).items()
-    return {f"{name} at theta 0": one["in double"] for name, one in found if "in double" in one}
+    edits = {f"{name} at theta 0": one["in double"] for name, one in found if "in double" in one}
+    return {**edits, **result.get("in double", {})}
 
 
 def verdict(result: Mapping[str, Any]) -> str:
@@ -266,12 +267,17 @@ def page(results: Sequence[Mapping[str, Any]]) -> str:
         "converting, after edits at theta = 0 (a pruned unit: a copy of another), after saving and "
         "loading and in the SavedModel of the grown "
         f"network; they are equal if they differ by at most {SAME:g} of the largest. Where an edit "
-        "at theta = 0 makes them differ by more, it is applied again, alone, to a float64 copy: if "
-        f"they agree to {SAME_IN_DOUBLE:g} there, the difference is float32's rounding, not an "
-        "error; both figures are given. Estimates are "
+        "at theta = 0 makes them differ by more, it is applied again, alone, to a float64 copy, "
+        "and where the SavedModel does, it is made again of one: if they agree to "
+        f"{SAME_IN_DOUBLE:g} there, the difference is float32's rounding, not an error; both "
+        "figures are given. Estimates are "
         f"of edits at a few sites, learned for {settings['steps']} steps and scaled by "
         f"{settings['scale']:g} (by its root where the effect is of second order), "
         "on the samples they were learned on; the true change of the mean loss is in brackets. "
+        "Ratios far from 1 are of random networks that even such steps change beyond all "
+        "quadratics, or that give an image's label a probability of less than 1e-7: there Keras's "
+        "loss of probabilities, which is the truth here, stands still, and the estimate's, which "
+        "is of logits, does not. "
         "What can only be done as a whole (a removal) is judged at the last of the sites: an "
         "untrained deep network turns a change as large as that, further ahead, into anything. It "
         "is not among `all`, which are those of as many kinds as can be applied at once.",

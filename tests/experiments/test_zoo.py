@@ -322,6 +322,19 @@ def test_rounding_is_told_from_error_in_double_precision(examined):
     assert after(unchanged=2e-4) == "not equal: prune at theta 0 2.0e-04"
 
 
+def test_a_served_network_that_rounds_otherwise_is_exported_again_in_double(examined):
+    found = specimen.Specimen(tiny, QUICK, same=-1.0)  # whatever single precision gives
+    result = found.examine()
+    assert not result["errors"]
+    assert result["in double"]["exported"] < zoo.SAME_IN_DOUBLE
+
+    def verdict(**double):
+        return zoo.verdict({**examined, "model": "A", "exported": 2e-4, "in double": double})
+
+    assert verdict(exported=1e-12).startswith("equal up to rounding: exported 2.0e-04, 1.0e-12")
+    assert verdict(exported=1e-5) == verdict() == "not equal: exported 2.0e-04"
+
+
 def test_an_error_shows_in_double_precision_too(monkeypatch):
     keras.utils.set_random_seed(0)
     model = tfgrow.convert(specimen.built_small(tiny))
