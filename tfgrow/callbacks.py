@@ -229,12 +229,15 @@ class Growth(keras.callbacks.Callback):
         self._say(event)
         gc.collect()  # traced functions are cycles that hold on to replaced variables
 
+    @property
+    def _guards(self) -> bool:
+        return self.guard and self.oracle.guarded
+
     def _commit(self, plan: Plan, data) -> tuple[Outcome, dict[str, float]]:
         """Applies the plan as the guard allows; also returns the seconds that it took."""
         clock = time.perf_counter()
         model = self.model
-        guard = self.guard and self.oracle.guarded
-        alphas, tolerance = (ALPHAS, self.tolerance) if guard else ((1.0,), np.inf)
+        alphas, tolerance = (ALPHAS, self.tolerance) if self._guards else ((1.0,), np.inf)
         outcome = commit(
             model,
             plan.candidates,
@@ -269,7 +272,7 @@ class Growth(keras.callbacks.Callback):
         )
 
     def _why_rejected(self, outcome: Outcome) -> str:
-        if not (self.guard and self.oracle.guarded):
+        if not self._guards:
             return f"the held-out loss became {outcome.loss_after}"
         return f"the held-out loss rose at every scale down to {ALPHAS[-1]}"
 

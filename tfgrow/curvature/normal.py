@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import tensorflow as tf
 
-from tfgrow.curvature.sketch import SKETCH, SKETCHED, sketch, solve_by_sketch
+from tfgrow.curvature.sketch import SKETCHED, sketch, solve_by_sketch
 
 DAMPINGS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 """Dampings relative to the mean diagonal of Q, tried by `cross_damping`, in ascending order."""
@@ -70,10 +70,7 @@ def zero_sums(units: int, sizes: Sequence[tuple[int, int]], dense: bool) -> dict
         return {**sums, "q": tf.zeros((units, weights, weights))}
     for index, (a, o) in enumerate(sizes):
         sums[f"a/{index}"] = tf.zeros((units, a, a))
-        if o > SKETCHED:
-            sums[f"y/{index}"] = tf.zeros((SKETCH, o))
-        else:
-            sums[f"s/{index}"] = tf.zeros((o, o))
+        sums |= outputs_sums(tf.zeros((0, o)), index)
         sums[f"rows/{index}"] = tf.zeros(())
     return sums
 
@@ -228,7 +225,7 @@ def _solve_kronecker(g, sums, damping):
         start += size
         mean = tf.reduce_mean(tf.linalg.diag_part(a), axis=-1)
         mean *= outputs_trace(sums, index) / outputs.shape[-1]
-        ridge = tf.maximum(damping * mean, 1e-30)
+        ridge = _ridge(damping, mean)
         a_values, a_vectors = _eigh(a)
         rotated = tf.einsum("nab,nao->nbo", a_vectors, block)
         solve = _outputs_solver(sums, index, (ridge.shape.num_elements() or np.inf) * a.shape[-1])

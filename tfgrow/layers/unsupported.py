@@ -43,12 +43,11 @@ _SPARE = (
     "width then stays"
 )
 
-for _class in (layers.UnitNormalization,):
-    register_blocked(
-        _class,
-        "which normalises over the channels, so that a new unit would change what the others hand "
-        f"on; use BatchNormalization instead. {_SPARE}",
-    )
+register_blocked(
+    layers.UnitNormalization,
+    "which normalises over the channels, so that a new unit would change what the others hand "
+    f"on; use BatchNormalization instead. {_SPARE}",
+)
 for _class in (layers.LSTM, layers.GRU, layers.SimpleRNN, layers.RNN, layers.Bidirectional,
                layers.ConvLSTM1D, layers.ConvLSTM2D, layers.ConvLSTM3D):  # fmt: skip
     register_blocked(

@@ -120,7 +120,8 @@ class Double(OneByOne):
 
     def edit(self, candidate):
         site = candidate.site
-        plus, minus = ([*_children(candidate, sign)] for sign in (1.0, -1.0))
+        weights, paths = site_fan_in(site), _unit_paths(site)
+        plus, minus = ([*_children(candidate, sign, weights, paths)] for sign in (1.0, -1.0))
         return WidthEdit(site, dict(enumerate(plus)), tuple(minus))
 
     def scaled(self, candidate, alpha):
@@ -143,11 +144,9 @@ def _mean_of_halves(twice: Path, leaf, values):
     return 0.5 * (take(values, plus.reshape(-1)) + take(values, minus.reshape(-1)))
 
 
-def _children(candidate: Candidate, sign: float):
-    """One child of every unit: `sign` tells which."""
+def _children(candidate: Candidate, sign: float, weights, paths):
+    """One child of every unit, by the parents' weights and path variables: `sign` tells which."""
     site = candidate.site
-    weights = site_fan_in(site)
-    paths = _unit_paths(site)
     for unit in range(site.units):
         fan_in = {
             name: (value[unit] + sign * candidate.theta[name][unit]).astype("float32")
