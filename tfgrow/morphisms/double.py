@@ -30,7 +30,7 @@ from tfgrow.capture.execute import tensor_tap
 from tfgrow.capture.path import Path, take
 from tfgrow.graph.sites import parameter_name
 from tfgrow.morphisms.base import Candidate, OneByOne, Perturbed, cotangents_at
-from tfgrow.morphisms.weights import as_layer_weights, site_fan_in, typical_scale, unit_scale
+from tfgrow.morphisms.weights import as_layer_weights, random_theta, site_fan_in, typical_scale
 from tfgrow.types import Cost, Demand, NewUnit, WidthEdit
 
 START = 0.25
@@ -61,12 +61,7 @@ class Double(OneByOne):
     def candidates(self, site, *, new_units, seed):
         del new_units
         rng = np.random.default_rng([seed, 3, *site.name.encode()])
-        theta = {name: np.zeros_like(value) for name, value in site_fan_in(site).items()}
-        for number, node in enumerate(site.producers):
-            kernel = parameter_name(node.operation.kernel_name, number)
-            start = rng.standard_normal(theta[kernel].shape).astype("float32")
-            scale = START * unit_scale(node.operation)
-            theta[kernel] = start * scale.reshape(-1, *[1] * (start.ndim - 1))
+        theta = random_theta(site, START, rng)
         return [Candidate(site, self.name, 0, theta, {}, Cost())]
 
     def scale(self, site, units):

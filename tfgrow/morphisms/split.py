@@ -20,7 +20,7 @@ from tfgrow.capture.path import needs_moments, sizes_of, take
 from tfgrow.graph.sites import parameter_name
 from tfgrow.morphisms.base import AtInputs, Candidate, Perturbed
 from tfgrow.morphisms.path_state import Observer, child_path
-from tfgrow.morphisms.weights import site_fan_in, unit_scale
+from tfgrow.morphisms.weights import random_theta, site_fan_in, unit_scale
 from tfgrow.types import ChannelMap, Cost, NewUnit, WidthEdit
 
 START = 0.5
@@ -39,13 +39,7 @@ class Split(AtInputs):
     def candidates(self, site, *, new_units, seed):
         del new_units
         rng = np.random.default_rng([seed, *site.name.encode()])
-        theta = site_fan_in(site)
-        theta = {name: np.zeros_like(value) for name, value in theta.items()}
-        for number, node in enumerate(site.producers):
-            kernel = parameter_name(node.operation.kernel_name, number)
-            start = rng.standard_normal(theta[kernel].shape).astype("float32")
-            scale = START * unit_scale(node.operation)
-            theta[kernel] = start * scale.reshape(-1, *[1] * (start.ndim - 1))
+        theta = random_theta(site, START, rng)
         return [
             Candidate(site, self.name, unit, {k: v[unit] for k, v in theta.items()}, {}, Cost())
             for unit in range(site.units)

@@ -30,6 +30,17 @@ def site_fan_in(site: Site, units=None) -> dict[str, np.ndarray]:
     }
 
 
+def random_theta(site: Site, size: float, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """A direction at random for the kernels of a site's units, of `size` times theirs; else 0."""
+    theta = {name: np.zeros_like(value) for name, value in site_fan_in(site).items()}
+    for number, node in enumerate(site.producers):
+        kernel = parameter_name(node.operation.kernel_name, number)
+        start = rng.standard_normal(theta[kernel].shape).astype("float32")
+        scale = size * unit_scale(node.operation)
+        theta[kernel] = start * scale.reshape(-1, *[1] * (start.ndim - 1))
+    return theta
+
+
 def as_layer_weights(layer: Mixing, theta: Mapping, producer: int = 0) -> dict:
     """`{"kernel": [n, ...]}` tensors in the layout of the layer, as `linear` takes them.
 
