@@ -57,3 +57,43 @@ def test_in_place_measures_the_same_and_takes_it_back(kind):
         np.testing.assert_array_equal(now, was)
     np.testing.assert_array_equal(model.predict(data[0], verbose=0), outputs)
     assert tfgrow.measure_change(model, candidates, data) == pytest.approx(expected, abs=1e-6)
+
+
+def own_softmax(logits):
+    """Whose logits are not what enters it."""
+    return keras.activations.softmax(3.0 * logits)
+
+
+def classifier(*head):
+    body = [keras.Input((4,)), keras.layers.Dense(3, "relu")]
+    return tfgrow.convert(keras.Sequential([*body, *head]))
+
+
+@pytest.mark.parametrize("batches", [1, 3], ids=["at once", "traced"])
+@pytest.mark.parametrize(
+    ("head", "loss", "scale"),
+    [
+        ([("softmax", 3)], "sparse_categorical_crossentropy", 60),
+        ([("sigmoid", 1)], "binary_crossentropy", 60),
+        ([(None, 3), "layer"], "sparse_categorical_crossentropy", 60),
+        ([(own_softmax, 3)], "sparse_categorical_crossentropy", 1),
+    ],
+    ids=["softmax", "sigmoid", "layer", "own"],
+)
+def test_samples_that_are_wrong_for_sure_count_as_in_fit(head, loss, scale, batches):
+    model = classifier(
+        *(
+            keras.layers.Softmax() if part == "layer" else keras.layers.Dense(part[1], part[0])
+            for part in head
+        )
+    )
+    model.compile("sgd", loss)
+    rng = np.random.default_rng(0)
+    model.set_weights([scale * rng.normal(size=w.shape) for w in model.get_weights()])
+    x = rng.normal(size=(12, 4)).astype("float32")
+    y = rng.integers(0, 2, (12, 1))
+    data = [(x[start::batches], y[start::batches]) for start in range(batches)]
+    found = real_loss(model, data)
+    assert scale == 1 or found > 100, "probabilities clipped at 1e-7 cost 16 at most"
+    assert found == pytest.approx(model.evaluate(x, y, verbose=0), rel=1e-5)
+    assert found == pytest.approx(tfgrow.GaussNewtonEstimator(model).loss(data), rel=1e-5)

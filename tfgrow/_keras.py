@@ -52,6 +52,11 @@ def calls_behind(tensor: Any, known: set[int]) -> list[Any]:
     return calls
 
 
+def logits_behind(output: Any) -> Any | None:
+    """The logits that a tensor just made by softmax or sigmoid remembers, or None."""
+    return getattr(output, "_keras_logits", None)
+
+
 def called_by_others(model: keras.Model) -> bool:
     """Whether a model was called on symbolic tensors, and so is a part of another graph."""
     return bool(model._inbound_nodes)

@@ -39,7 +39,7 @@ def real_loss(model: keras.Model, dataset, loss=None, loss_weights=None) -> floa
 
     def batch_loss(x, y, weights):
         every = keras.tree.flatten(model(x, training=False))
-        outputs = [tf.cast(every[part.output], tf.float32) for part in total_of.parts]
+        outputs = [every[part.output] for part in total_of.parts]
         loss = total_of.value_at_outputs(y, outputs, weights)
         # Keras clips probabilities, and NaN with them, to finite losses
         finite = [tf.reduce_all(tf.math.is_finite(output)) for output in outputs]

@@ -147,11 +147,16 @@ def resolve_activation(activation: Any) -> Callable[[tf.Tensor], tf.Tensor]:
     return resolved
 
 
+def hides_logits(activation: Any) -> bool:
+    """Whether Keras' crossentropies look behind a last activation."""
+    return activation is not None and resolve_activation(activation) in _READ_LOGITS
+
+
 def _closed_form(kind: Any, config: dict[str, Any], activation: Any) -> RowLoss | None:
     linear = activation is keras.activations.linear
     if kind in _SQUARED and linear:
         return SquaredError()
-    at_logits = activation in _READ_LOGITS or (linear and config.get("from_logits", False))
+    at_logits = hides_logits(activation) or (linear and config.get("from_logits", False))
     smoothing = config.get("label_smoothing", 0.0)
     if kind in _BINARY and at_logits:
         return SigmoidCrossentropy(smoothing)

@@ -16,6 +16,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from tfgrow._keras import logits_behind
 from tfgrow.capture.batches import Batch
 from tfgrow.capture.capture import Cotangents, Head, find_head
 from tfgrow.curvature.by_output import losses_by_output, values_by_output, weights_by_output
@@ -27,6 +28,7 @@ from tfgrow.curvature.loss_head import (
     make_loss_head,
     resolve_curvature,
 )
+from tfgrow.curvature.loss_matching import hides_logits
 from tfgrow.graph.nodes import Graph
 
 
@@ -53,6 +55,16 @@ class OutputLoss:
     weight: float
     curvature: Curvature
     labels: range | None
+
+    def of_output(self, output: tf.Tensor) -> tuple[LossHead, tf.Tensor]:
+        """The loss and what it reads, given a tensor that the model gave.
+
+        As in `fit` that is the logits, if Keras tells them: the losses of probabilities are clipped
+        at 1e-7, so that they don't see what happens to samples that are wrong for sure.
+        """
+        logits = logits_behind(output) if hides_logits(self.head.activation) else None
+        read, head = (output, self.at_output) if logits is None else (logits, self.at_logits)
+        return head, tf.cast(read, tf.float32)
 
     def column_of(self, gradient: tf.Tensor, weight: tf.Tensor) -> tf.Tensor:
         """The empirical column, from the gradient of each sample's weighted loss anywhere."""
@@ -134,8 +146,9 @@ class TotalLoss:
     def value_at_outputs(self, y: Sequence, outputs: Sequence, weights: Sequence) -> tf.Tensor:
         """The same from what the model gives at the outputs of the parts."""
 
-        def of_part(part, *args):
-            return tf.reduce_sum(part.at_output.per_sample(*args))
+        def of_part(part, target, output, weight):
+            head, read = part.of_output(output)
+            return tf.reduce_sum(head.per_sample(target, read, weight))
 
         return _sum(self._by_part(of_part, y, outputs, weights))
 
