@@ -93,14 +93,14 @@ def wake(model: keras.Model, images: np.ndarray) -> None:
             value = np.asarray(variable) if len(variable.shape) == 1 else np.zeros(1)
             if 0 < np.abs(value).max() < SHORT and np.ptp(value) == 0:
                 variable.assign(np.ones_like(value))
-    norms = [n for n in every_layer(model) if isinstance(n, keras.layers.BatchNormalization)]
-    kept = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.momentum = 0.0
-    if norms:
+    silenced = (keras.layers.BatchNormalization, "momentum"), (keras.layers.Dropout, "rate")
+    with contextlib.ExitStack() as stack:
+        for kind, name in silenced:  # what drops out at training would be missing in the statistics
+            for layer in every_layer(model):
+                if isinstance(layer, kind):
+                    stack.callback(setattr, layer, name, getattr(layer, name))
+                    setattr(layer, name, 0.0)
         model(images, training=True)
-    for norm, momentum in zip(norms, kept, strict=True):
-        norm.momentum = momentum
     logits = np.log(np.maximum(outputs_of(model, images), 1e-30))
     (*_, kernel) = [v for v in model.trainable_variables if v.name == "kernel"]
     kernel.assign(kernel / np.std(logits, axis=-1).max())

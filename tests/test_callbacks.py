@@ -1,9 +1,11 @@
 """Growth by itself: what it takes, what it says, what it keeps from one fit to the next."""
 
 import copy
+import dataclasses
 import gc
 import json
 import re
+import warnings
 import weakref
 
 import keras
@@ -427,3 +429,41 @@ def test_the_line_of_an_event_that_keeps_the_widths():
         "growth after epoch 4: a (prune 1, add 1), b 4->6 (split 2); parameters 90 -> 90; loss "
         "estimated -0.5000, measured -0.2500; 1.0 s"
     )
+
+
+@pytest.mark.parametrize(
+    ("estimated", "warned"), [(-0.5, True), (-1e-3, False), (None, False), (0.5, False)]
+)
+def test_an_event_that_brings_far_less_than_was_estimated_warns(monkeypatch, estimated, warned):
+    propose = Blind.propose_plan
+    monkeypatch.setattr(
+        Blind,
+        "propose_plan",
+        lambda *args, **context: dataclasses.replace(
+            propose(*args, **context), estimated_change=estimated
+        ),
+    )
+    growth = blind_growth(every=2)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(compiled(mlp()), [growth])
+    (event,) = growth.events
+    said = [str(w.message) for w in caught if "of the estimated" in str(w.message)]
+    assert bool(said) == warned
+    if estimated is not None:
+        assert event.realized == pytest.approx(event.measured_change / estimated)
+        assert event.to_json()["realized"] == event.realized
+        assert tfgrow.GrowthEvent.from_json(event.to_json()) == event
+    else:
+        assert event.realized is None
+    if warned:
+        assert event.realized < 0.25
+        assert "-0.5000" in said[0]
+
+
+def test_what_was_not_applied_has_no_realized_share():
+    growth = blind_growth(every=2, tolerance=-100.0)
+    fit(compiled(mlp()), [growth])
+    (event,) = growth.events
+    assert event.status == "rejected"
+    assert event.realized is None

@@ -35,6 +35,12 @@ from tfgrow.types import GrowthEvent, Plan
 _NO_MODEL = {"_due": False, "_epochs_done": 0, "_trained": None, "_peers": (), "_newborn": ()}
 """What `Growth` knows of a model when it has none."""
 
+DOUBTFUL = 0.25
+"""An event that brings less than this share of its estimate is warned of."""
+
+RELEVANT = 0.01
+"""Estimates of less than this share of the loss are not: held-out batches don't tell so little."""
+
 
 _NO_BACKUP = (
     "BackupAndRestore keeps weights, not the architecture: it cannot resume a run from before a "
@@ -51,7 +57,8 @@ class Growth(keras.callbacks.Callback):
     batches, and training goes on with the same optimizer. It never calls `compile`, works beside
     the stock callbacks in any order, and puts `tfgrow_params`, `tfgrow_flops`, `tfgrow_events`,
     `tfgrow_estimated_change` and `tfgrow_measured_change` (0 in epochs without an event) in the
-    epoch's logs from the first epoch on.
+    epoch's logs from the first epoch on. An event that brings less than a quarter of what was
+    estimated (`GrowthEvent.realized`) gives a warning.
 
     An event that is cut off by an error or an interrupt leaves model, optimizer, journal and the
     oracle's files as they were before it. Growth that falls due at the end of `fit` happens when
@@ -334,6 +341,15 @@ class Growth(keras.callbacks.Callback):
     def _say(self, event: GrowthEvent) -> None:
         if self._level():
             print(event_line(event), flush=True)
+        if _doubtful(event):
+            warnings.warn(
+                f"Growth after epoch {event.epoch}: the held-out loss changed by "
+                f"{event.measured_change:+.4f}, {event.realized:.0%} of the estimated "
+                f"{event.estimated_change:+.4f}. So far off, the choice of edits is little better "
+                "than chance: smaller steps (growth_per_step), more batches to learn and score on, "
+                "or growing later, when training has settled, may help.",
+                stacklevel=2,
+            )
 
     # ---- neighbours -------------------------------------------------------------------------
 
@@ -378,6 +394,14 @@ def event_line(event: GrowthEvent) -> str:
         f"growth after epoch {event.epoch}: {grew}; parameters {event.params_before:,} -> "
         f"{event.params_after:,}; {loss}{scale}; {seconds:.1f} s"
     )
+
+
+def _doubtful(event: GrowthEvent) -> bool:
+    """Whether an event did far less than was estimated, and not for want of precision."""
+    if event.realized is None or event.estimated_change is None or event.loss_before is None:
+        return False
+    promised = -event.estimated_change > RELEVANT * abs(event.loss_before)
+    return promised and event.realized < DOUBTFUL
 
 
 def _arrow(widths: tuple[int, int] | None) -> str:

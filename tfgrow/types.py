@@ -407,13 +407,24 @@ class GrowthEvent:
     reason: str = ""
     trial_id: str | None = None
 
+    @property
+    def realized(self) -> float | None:
+        """Measured over estimated change of the loss: 1 where the estimate came true.
+
+        None where one of them is missing, or nothing was applied.
+        """
+        known = self.estimated_change and self.measured_change is not None
+        if self.status != "applied" or not known:
+            return None
+        return self.measured_change / self.estimated_change
+
     def to_json(self) -> dict[str, Any]:
-        """The event as plain JSON types; `from_json` is the inverse."""
-        return dataclasses.asdict(self)
+        """The event as plain JSON types, `realized` with it; `from_json` is the inverse."""
+        return {**dataclasses.asdict(self), "realized": self.realized}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> GrowthEvent:
-        data = dict(data)
+        data = {name: value for name, value in data.items() if name != "realized"}
         data["applied"] = tuple(data["applied"])
         data["widths"] = {name: tuple(pair) for name, pair in data["widths"].items()}
         return cls(**data)

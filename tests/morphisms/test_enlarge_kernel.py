@@ -85,6 +85,24 @@ def change_at(model, candidate, x, before):
     return {tap: value - before[tap] for tap, value in seen.items()}
 
 
+def test_under_a_normalisation_over_channels_it_goes_through_the_path_too():
+    inputs = keras.Input((6, 6, 2))
+    x = layers.Conv2D(3, 3, padding="same", name="first")(inputs)
+    x = layers.LayerNormalization(name="norm")(x)
+    x = layers.Conv2D(4, 2, name="second")(layers.Activation("tanh")(x))
+    x = layers.Dense(2, name="out")(layers.GlobalAveragePooling2D()(x))
+    model = tfgrow.convert(keras.Model(inputs, x))
+    (candidate,) = tfgrow.candidates(model, "enlarge_kernel", sites="first")
+    assert candidate.site.doubles
+    test_perturbation_is_the_real_change_at_the_consumers(model)
+    (group,), _ = group_candidates(model, ringed(model, sites="first"))
+    (perturbed,) = perturb_all(
+        observe(trace(model), inputs_of(model, 4)), [group], [group.theta], fresh=False
+    )
+    claimed = group.morphism.tangents(group, group.theta, perturbed)
+    assert "linear" not in {kind for kind, _ in claimed}
+
+
 def test_function_is_preserved_without_a_ring(model):
     x = inputs_of(model, 4, seed=8)
     before = outputs(model, x)

@@ -226,6 +226,21 @@ def test_one_factorisation_gives_what_a_system_per_unit_gives(free):
     )
 
 
+@pytest.mark.parametrize(("rows", "in_full"), [(12, 0), (12.9, 0), (2, 1), (40, 1)])
+def test_few_rows_make_a_small_factorisation_with_the_same_result(monkeypatch, rows, in_full):
+    """12 rows have rank 12; said to be 2, they don't fit in, and the whole is taken apart."""
+    sums, own = random_sums(64, rows=40 if rows == 40 else 12), np.arange(64)
+    free = np.ones(65, bool)
+    sums["a"] = sums["a"].astype("float32")
+    calls, eigh = [], np.linalg.eigh
+    monkeypatch.setattr(np.linalg, "eigh", lambda a: calls.append(len(a)) or eigh(a))
+    found = stand_in.solve({**sums, "rows": rows}, free, own, np.array([[0.01], [1.0]]))
+    assert calls.count(65) == in_full
+    monkeypatch.setattr(stand_in, "_eigen", lambda a, rank: eigh(a))
+    expected = stand_in.solve({**sums, "rows": rows}, free, own, np.array([[0.01], [1.0]]))
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
 def test_memory_is_bounded_where_the_curvature_is_factored():
     """512 units: no array as large as a curvature per unit (1 GB) is ever made."""
     units, sums = 512, random_sums(512, rows=1024)

@@ -43,6 +43,12 @@ it, and the real loss after a removal about the same; see docs/fidelity.md."""
 STANDS_IN = 0.1
 """Units that go together must not hang on each other: largest share of one in another's place."""
 
+SPARE = 8
+"""So many more random vectors than a matrix has rank, to be sure of its space."""
+
+NEGLIGIBLE = 1e-5
+"""Share of a matrix's trace that rounding in float32 makes of nothing."""
+
 ROUNDS = 8
 """Backward elimination takes so many rounds, whatever the number of units."""
 
@@ -157,20 +163,41 @@ def _solve_factored(sums, free, own, damping):
     stay = np.flatnonzero(free)
     itself = (own[:, None] == stay).astype(np.float64)
     shared = a[np.ix_(stay, stay)]
-    eigenvalues, vectors = np.linalg.eigh(shared)
+    eigenvalues, vectors = _eigen(shared, int(sums["rows"]))
     slope = PULL * _ratio(g[:, stay], (1.0 + BLEND) * _sensitivity(sums)[:, None])
     pull = (a[np.ix_(own, stay)] - slope) * (1.0 - itself)
     others = (1.0 - itself) @ np.diag(shared)
     ridge = _ridge(damping, others, len(stay) - itself.sum(axis=-1))
-    weights = 1.0 / (np.maximum(eigenvalues, 0.0) + ridge[..., None])
-    along = (pull @ vectors) * weights @ vectors.T
-    own_way = (itself @ vectors) * weights @ vectors.T
+    along, own_way = (_inverse(eigenvalues, vectors, ridge, part) for part in (pull, itself))
     mine, own_size = ((itself * part).sum(axis=-1, keepdims=True) for part in (along, own_way))
     along -= own_way * _ratio(mine, own_size)
     v = np.zeros((*ridge.shape, len(free)))
     v[..., stay] = along * (1.0 - itself)
     v[..., np.arange(len(own)), own] = -1.0
     return v
+
+
+def _eigen(a: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
+    """Eigenvalues `[r]` and vectors `[U, r]` of a sum of `rank` outer products.
+
+    Of few rows, as wide layers see them, those that are not 0: their space is found by products
+    with random vectors, which is exact and far less work than to take a matrix of thousands apart.
+    """
+    if 2 * (rank + SPARE) <= len(a):
+        drawn = np.random.default_rng(0).normal(size=(len(a), rank + SPARE))
+        space, _ = np.linalg.qr(a @ drawn)
+        values, vectors = np.linalg.eigh(space.T @ a @ space)
+        if np.trace(a) - values.sum() <= NEGLIGIBLE * np.trace(a):  # nothing is left out
+            return values, space @ vectors
+    return np.linalg.eigh(a)
+
+
+def _inverse(eigenvalues, vectors, ridge, right):
+    """`(A + ridge)^-1 right`, where A is 0 outside of the vectors' space: `[..., n, U]`."""
+    inside = right @ vectors
+    outside = right - inside @ vectors.T if vectors.shape[1] < len(vectors) else 0.0
+    ridge = ridge[..., None]
+    return inside / (np.maximum(eigenvalues, 0.0) + ridge) @ vectors.T + outside / ridge
 
 
 def spread_out(sums: Sums, free: np.ndarray, own: np.ndarray, damping, most: int) -> np.ndarray:

@@ -338,18 +338,23 @@ class OneByOne(Morphism):
 
 
 class AtInputs(Morphism):
-    """A morphism whose perturbation lies at its units' channels of what the consumers read.
+    """A morphism whose perturbation lies at channels of what the consumers read.
 
-    Subclasses return it from `perturb` in the layout of the group's path.
+    Subclasses return it from `perturb`, by default in the layout of the group's path; else they
+    say their `order`.
     """
 
     def taps(self, site):
         return leaf_taps(site)
 
+    def order(self, group: Group, leaf: Leaf) -> np.ndarray:
+        """Positions at a leaf of the channels that `perturb` returns, in their order."""
+        return where(group, leaf)
+
     def covectors(self, capture, group, theta, perturbed):
         del theta, perturbed
         return {
-            leaf.tensor: take(cotangents_at(capture, leaf), where(group, leaf))
+            leaf.tensor: take(cotangents_at(capture, leaf), self.order(group, leaf))
             for leaf in group.site.leaves
         }
 
@@ -357,7 +362,7 @@ class AtInputs(Morphism):
         del theta
         tangents = {}
         for leaf in group.site.leaves:
-            scatter = tf.one_hot(where(group, leaf), leaf.channels.size, dtype=tf.float32)
+            scatter = tf.one_hot(self.order(group, leaf), leaf.channels.size, dtype=tf.float32)
             delta = perturbed.values[leaf.tensor]
             tangents |= dict.fromkeys(taps_of_leaf(leaf), tf.tensordot(delta, scatter, 1))
         return tangents

@@ -19,17 +19,11 @@ from __future__ import annotations
 import numpy as np
 import tensorflow as tf
 
-from tfgrow.capture.capture import (
-    leaf_taps,
-    outside_of,
-    producer_inputs,
-    producer_responses,
-    taps_of_leaf,
-)
+from tfgrow.capture.capture import outside_of, producer_inputs, producer_responses
 from tfgrow.capture.execute import tensor_tap
 from tfgrow.capture.path import Path, take
 from tfgrow.graph.sites import parameter_name
-from tfgrow.morphisms.base import Candidate, OneByOne, Perturbed, cotangents_at
+from tfgrow.morphisms.base import AtInputs, Candidate, OneByOne, Perturbed
 from tfgrow.morphisms.weights import as_layer_weights, random_theta, site_fan_in, typical_scale
 from tfgrow.types import Cost, Demand, NewUnit, WidthEdit
 
@@ -37,7 +31,7 @@ START = 0.25
 """Initial size of theta, relative to the units' weights."""
 
 
-class Double(OneByOne):
+class Double(OneByOne, AtInputs):
     """Doubles the units of a site. See the module's docstring."""
 
     name = "double"
@@ -71,9 +65,6 @@ class Double(OneByOne):
             for name in node.operation.growable_variables()
         }
 
-    def taps(self, site):
-        return leaf_taps(site)
-
     def perturb(self, capture, group, theta, responses, fresh):
         del responses, fresh
         site, twice = group.site, Path(group.site, 2 * group.site.units)
@@ -97,21 +88,9 @@ class Double(OneByOne):
             {},
         )
 
-    def covectors(self, capture, group, theta, perturbed):
-        del theta, perturbed
-        return {
-            leaf.tensor: take(cotangents_at(capture, leaf), _order(leaf))
-            for leaf in group.site.leaves
-        }
-
-    def tangents(self, group, theta, perturbed):
-        del theta
-        tangents = {}
-        for leaf in group.site.leaves:
-            back = tf.one_hot(_order(leaf), leaf.channels.size, dtype=tf.float32)
-            delta = tf.tensordot(perturbed.values[leaf.tensor], back, 1)
-            tangents |= dict.fromkeys(taps_of_leaf(leaf), delta)
-        return tangents
+    def order(self, group, leaf):
+        del group
+        return _order(leaf)
 
     def edit(self, candidate):
         site = candidate.site

@@ -24,19 +24,13 @@ from __future__ import annotations
 import numpy as np
 import tensorflow as tf
 
-from tfgrow.capture.capture import (
-    leaf_taps,
-    outside_of,
-    producer_inputs,
-    producer_responses,
-    taps_of_leaf,
-)
+from tfgrow.capture.capture import outside_of, producer_inputs, producer_responses
 from tfgrow.capture.execute import linear_tap, tensor_tap
 from tfgrow.capture.path import Path, take
 from tfgrow.curvature.normal import LEARNING_DAMPING
 from tfgrow.graph.channels import called_too_often
 from tfgrow.morphisms import rings
-from tfgrow.morphisms.base import Candidate, OneByOne, Perturbed, cotangents_at
+from tfgrow.morphisms.base import AtInputs, Candidate, OneByOne, Perturbed
 from tfgrow.types import Cost, Demand, KernelEdit
 
 START = 0.5
@@ -49,7 +43,7 @@ MOST_INPUTS = 2304
 """Largest number of weights of one output in a ring: beyond, its correlations fill the memory."""
 
 
-class EnlargeKernel(OneByOne):
+class EnlargeKernel(OneByOne, AtInputs):
     """Enlarges one convolution's kernel by two in every direction. See the module's docstring."""
 
     name = "enlarge_kernel"
@@ -86,7 +80,7 @@ class EnlargeKernel(OneByOne):
 
     def taps(self, site):
         at_responses = [linear_tap(node.index) for node in site.producers]
-        return [*at_responses, *leaf_taps(site)]
+        return [*at_responses, *super().taps(site)] if site.widens else at_responses
 
     def scale(self, site, units):
         del site
@@ -99,44 +93,36 @@ class EnlargeKernel(OneByOne):
         read = producer_inputs(capture, site)[number]
         ring = theta["ring"][0] * tf.exp(theta["length"][0])
         change = node.operation.linear_enlarged(read, rings.kernel_with(site, number, ring))
-        if site.blocked is not None:
+        if not site.widens:
             return Perturbed({node.index: change}, {})
         now = producer_responses(capture, site)
         now[number] = now[number] + change
-        path, every = _whole_path(site), range(site.units)
+        path, every = Path(site, site.units), range(site.units)
         arriving = path.run(now, path.live_variables(every), outside_of(capture))
         return Perturbed(
             {
                 leaf.tensor: arriving[leaf.tensor]
-                - take(capture.values[tensor_tap(leaf.tensor)], _order(path, leaf))
+                - take(capture.values[tensor_tap(leaf.tensor)], self.order(group, leaf))
                 for leaf in site.leaves
             },
             {},
         )
 
-    def covectors(self, capture, group, theta, perturbed):
-        del theta, perturbed
+    def order(self, group, leaf):
         site = group.site
-        if site.blocked is not None:
-            index = site.producers[rings.number_of(group)].index
-            return {index: capture.cotangents[linear_tap(index)]}
-        path = _whole_path(site)
-        return {
-            leaf.tensor: take(cotangents_at(capture, leaf), _order(path, leaf))
-            for leaf in site.leaves
-        }
+        path = Path(site, site.units)
+        return path.positions(leaf.tensor, leaf.channels, range(site.units))
+
+    def covectors(self, capture, group, theta, perturbed):
+        if group.site.widens:
+            return super().covectors(capture, group, theta, perturbed)
+        index = group.site.producers[rings.number_of(group)].index
+        return {index: capture.cotangents[linear_tap(index)]}
 
     def tangents(self, group, theta, perturbed):
-        del theta
-        site = group.site
-        if site.blocked is not None:
-            return {linear_tap(place): value for place, value in perturbed.values.items()}
-        path, tangents = _whole_path(site), {}
-        for leaf in site.leaves:
-            back = tf.one_hot(_order(path, leaf), leaf.channels.size, dtype=tf.float32)
-            delta = tf.tensordot(perturbed.values[leaf.tensor], back, 1)
-            tangents |= dict.fromkeys(taps_of_leaf(leaf), delta)
-        return tangents
+        if group.site.widens:
+            return super().tangents(group, theta, perturbed)
+        return {linear_tap(place): value for place, value in perturbed.values.items()}
 
     def equations(self, capture, group, perturbed):
         del perturbed
@@ -182,12 +168,3 @@ def _reason(site, number: int) -> str | None:
     if node.mixing and taps * channels > MOST_INPUTS:
         return f"layer '{node.name}' reads too many channels for a larger kernel to be learned"
     return None
-
-
-def _whole_path(site) -> Path:
-    return Path(site, site.units)
-
-
-def _order(path: Path, leaf) -> np.ndarray:
-    """Where the channels of a path of all units lie at a leaf."""
-    return path.positions(leaf.tensor, leaf.channels, range(path.count))

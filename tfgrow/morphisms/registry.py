@@ -120,16 +120,31 @@ def candidates(
 
 def joint_cost(costs: CostModel, chosen: Iterable[Candidate]) -> Cost:
     """What a set of candidates costs together: edits of neighbouring layers multiply."""
-    units: dict[str, int] = {}
+    chosen = list(chosen)
     kernels: dict[str, tuple[int, ...]] = {}
     params = flops = 0
     for candidate in chosen:
         demand = get(candidate.morphism).demand(candidate)
-        units[candidate.site.name] = units.get(candidate.site.name, 0) + demand.units
         kernels.update(demand.kernels)
         params, flops = params + demand.more.params, flops + demand.more.flops
-    wider = costs.extra(units, kernels)
+    wider = costs.extra(extra_units(chosen), kernels)
     return Cost(wider.params + params, wider.flops + flops)
+
+
+def extra_units(chosen: Iterable[Candidate]) -> dict[str, int]:
+    """By how many units some candidates change the widths of their sites together."""
+    extra: dict[str, int] = {}
+    for candidate in chosen:
+        more = get(candidate.morphism).demand(candidate).units
+        extra[candidate.site.name] = extra.get(candidate.site.name, 0) + more
+    return extra
+
+
+def new_widths(chosen: Sequence[Candidate]) -> dict[str, tuple[int, int]]:
+    """The units of the sites that some candidates widen or narrow, before and after."""
+    units = {candidate.site.name: candidate.site.units for candidate in chosen}
+    more = extra_units(chosen).items()
+    return {name: (units[name], units[name] + count) for name, count in more if count}
 
 
 def apart(chosen: Sequence[Candidate]) -> np.ndarray:

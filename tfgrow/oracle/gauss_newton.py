@@ -19,7 +19,7 @@ from tfgrow.graph.cost import CostModel
 from tfgrow.graph.nodes import trace
 from tfgrow.graph.sites import Site, sites_of
 from tfgrow.morphisms.base import Candidate
-from tfgrow.morphisms.registry import apart, get, joint_cost, open_sites, several
+from tfgrow.morphisms.registry import apart, get, joint_cost, new_widths, open_sites, several
 from tfgrow.morphisms.registry import candidates as make_candidates
 from tfgrow.oracle.base import GrowthOracle
 from tfgrow.oracle.data import GrowthData, check_size, split_data
@@ -140,7 +140,7 @@ class GaussNewtonOracle(GrowthOracle):
         limits = self.limits(model.count_params(), costs.base.flops, smallest)
         seed = self.next_seed()
         every = make_candidates(model, self.morphisms, wanted, self.new_units, seed)
-        candidates = [c for c in every if self._removes or _fits(c.cost, limits)]
+        candidates = [c for c in every if self._removes or limits.allow(c.cost)]
         if not candidates:
             costs_alone = [candidate.cost for candidate in every]
             reason = _why_none(costs_alone, limits)
@@ -168,7 +168,7 @@ class GaussNewtonOracle(GrowthOracle):
             candidates=chosen,
             estimated_change=selection.estimated_change,
             cost=selection.cost,
-            widths=_widths(sites, chosen),
+            widths=new_widths(chosen),
             seconds=clock.seconds,
             reason=selection.reason,
         )
@@ -198,7 +198,7 @@ class GaussNewtonOracle(GrowthOracle):
             flops=_left(self.max_flops, costs.base.flops),
         )
         smallest = self._smallest(sites, costs)
-        if any(_fits(cost, left) for cost in smallest):
+        if any(left.allow(cost) for cost in smallest):
             return None
         return f"budget reached: {_why_none(smallest, left)}"
 
@@ -264,14 +264,6 @@ def _conflicts(candidates: Sequence[Candidate]) -> np.ndarray | None:
     return conflicts if conflicts.any() else None
 
 
-def _fits(cost: Cost, limits: Limits) -> bool:
-    """Whether an edit alone stays within what may be spent; what costs nothing always does."""
-    return all(
-        spent <= 0 or limit is None or spent <= limit
-        for spent, limit in ((cost.params, limits.params), (cost.flops, limits.flops))
-    )
-
-
 def _left(budget: int | None, used: int) -> int | None:
     return None if budget is None else max(0, budget - used)
 
@@ -291,18 +283,5 @@ def _why_none(every: Sequence[Cost], limits: Limits) -> str:
     )
 
 
-def _extra_units(chosen: Sequence[Candidate]) -> dict[str, int]:
-    extra: dict[str, int] = {}
-    for candidate in chosen:
-        more = get(candidate.morphism).demand(candidate).units
-        extra[candidate.site.name] = extra.get(candidate.site.name, 0) + more
-    return extra
-
-
 def _units(sites) -> dict[str, int]:
     return {site.name: site.units for site in sites}
-
-
-def _widths(sites, chosen) -> dict[str, tuple[int, int]]:
-    units = _units(sites)
-    return {name: (units[name], units[name] + n) for name, n in _extra_units(chosen).items() if n}

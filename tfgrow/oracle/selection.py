@@ -77,6 +77,17 @@ class Limits:
         if not isinstance(gain, (int, float)) or not (math.isfinite(gain) and gain >= 0):
             raise ValueError(f"min_gain_per_param must be a finite number >= 0. Found: {gain!r}")
 
+    def allow(self, cost: Cost, edits: int = 0) -> bool:
+        """Whether so much may be spent; what costs nothing always may."""
+        return all(
+            spent <= 0 or limit is None or spent <= limit
+            for spent, limit in (
+                (cost.params, self.params),
+                (cost.flops, self.flops),
+                (edits, self.edits),
+            )
+        )
+
     @property
     def unit(self) -> str:
         """What gains are divided by: `"params"`, or `"flops"` if only those are limited."""
@@ -363,7 +374,7 @@ class _Search:
         for i in bundle:
             free &= self._compatible(i)
         cost = self.cost_of((*self.chosen, *bundle))
-        while not self._within(cost, len(self.chosen) + len(bundle)):
+        while not self.limits.allow(cost, len(self.chosen) + len(bundle)):
             pool = np.flatnonzero(free)
             if not len(pool) or change >= least:
                 return None
@@ -383,11 +394,6 @@ class _Search:
         """Which removals would leave their site without units, `[n]`."""
         last = np.array([widths[g.site] + g.units < 1 for g in self.groups], dtype=bool)
         return self.removes & last
-
-    def _within(self, cost: Cost, edits: int) -> bool:
-        spent = {"params": cost.params, "flops": cost.flops, "edits": edits}
-        limits = {name: getattr(self.limits, name) for name in spent}
-        return all(limits[name] is None or spent[name] <= limits[name] for name in spent)
 
     def _compatible(self, i: int) -> np.ndarray:
         """Which candidates may be chosen beside one, `[n]`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
@@ -17,11 +17,12 @@ from tfgrow.graph.nodes import trace
 from tfgrow.graph.sites import Site, sites_of
 from tfgrow.morphisms.base import Candidate
 from tfgrow.morphisms.registry import candidates as make_candidates
+from tfgrow.morphisms.registry import joint_cost, new_widths
 from tfgrow.oracle.base import GrowthOracle
 from tfgrow.oracle.data import GrowthData, split_data
 from tfgrow.oracle.selection import Limits
 from tfgrow.strategies.statistics import measured
-from tfgrow.types import Cost, Plan
+from tfgrow.types import Plan
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -44,15 +45,7 @@ class Room:
 
     def fits(self, extra: Mapping[str, int]) -> bool:
         """Whether so many more units (by site) are within the limits."""
-        cost, limits = self.costs.extra(extra), self.limits
-        return all(
-            limit is None or spent <= limit
-            for spent, limit in (
-                (cost.params, limits.params),
-                (cost.flops, limits.flops),
-                (sum(extra.values()), limits.edits),
-            )
-        )
+        return self.limits.allow(self.costs.extra(extra), sum(extra.values()))
 
     def next_width(self, site: str, extra: int) -> int:
         """The next allowed width of a site that is to have so many more units: by `round_to`."""
@@ -123,16 +116,12 @@ class Strategy(GrowthOracle):
         parts = self.split(data)
         room = self._room(model)
         chosen = self.choose(room)
-        extra = _counted(chosen)
         reason = "" if chosen else "no further unit fits the budget"
         plan = Plan(
             candidates=tuple(measured(model, chosen, parts.learn)),
             estimated_change=None,
-            cost=room.costs.extra(extra) if chosen else Cost(),
-            widths={
-                name: (room.sites[name].units, room.sites[name].units + count)
-                for name, count in extra.items()
-            },
+            cost=joint_cost(room.costs, chosen),
+            widths=new_widths(chosen),
             seconds={"choose": time.perf_counter() - started},
             reason=reason,
         )
@@ -172,11 +161,4 @@ def scaled_alike(room: Room, most: float = np.inf) -> dict[str, int]:
             extra[name] = wanted
         else:
             open_to.remove(name)
-    return extra
-
-
-def _counted(chosen: Sequence[Candidate]) -> dict[str, int]:
-    extra: dict[str, int] = {}
-    for candidate in chosen:
-        extra[candidate.site.name] = extra.get(candidate.site.name, 0) + 1
     return extra
