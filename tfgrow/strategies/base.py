@@ -1,4 +1,4 @@
-"""What strategies share that widen sites by whole units and estimate nothing."""
+"""What strategies share that widen sites by whole units."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ class Room:
       costs: what more units cost.
       limits: the most that may be spent.
       seed: of the step.
+      data: batches of the step.
     """
 
     model: keras.Model
@@ -41,6 +42,7 @@ class Room:
     costs: CostModel
     limits: Limits
     seed: int
+    data: GrowthData
 
     def fits(self, extra: Mapping[str, int]) -> bool:
         """Whether so many more units (by site) are within the limits."""
@@ -72,7 +74,7 @@ class Room:
 
 
 class Strategy(GrowthOracle):
-    """Base of strategies that widen sites by whole units and estimate nothing.
+    """Base of strategies that widen sites by whole units and need not estimate anything.
 
     A subclass writes `choose`. The budget, the choice of sites and the bookkeeping are those of
     every growth oracle; the guard is left out, since nothing is promised that it could check.
@@ -103,6 +105,11 @@ class Strategy(GrowthOracle):
     def choose(self, room: Room) -> list[Candidate]:
         """The edits of one step, within `room`; none if nothing fits."""
 
+    def estimated(self, room: Room, chosen: Sequence[Candidate]) -> float | None:
+        """The change of the loss by the edits chosen, for strategies that estimate it."""
+        del room, chosen
+        return None
+
     def split(self, dataset) -> GrowthData:
         """Disjoint batches of a dataset for one step: all but a few to measure statistics on."""
         if isinstance(dataset, GrowthData):
@@ -121,13 +128,13 @@ class Strategy(GrowthOracle):
         del epoch, progress
         started = time.perf_counter()
         parts = self.split(data)
-        room = self._room(model)
-        chosen = self.choose(room)
+        room = self._room(model, parts)
+        chosen = measured(model, self.choose(room), parts.learn)
         extra = _counted(chosen)
         reason = "" if chosen else "no further unit fits the budget"
         plan = Plan(
-            candidates=tuple(measured(model, chosen, parts.learn)),
-            estimated_change=None,
+            candidates=tuple(chosen),
+            estimated_change=self.estimated(room, chosen) if chosen else None,
             cost=room.costs.extra(extra) if chosen else Cost(),
             widths={
                 name: (room.sites[name].units, room.sites[name].units + count)
@@ -138,7 +145,7 @@ class Strategy(GrowthOracle):
         )
         return plan
 
-    def _room(self, model: keras.Model) -> Room:
+    def _room(self, model: keras.Model, parts: GrowthData) -> Room:
         graph = trace(model)
         every = self.open_sites(sites_of(model, graph))
         costs = CostModel(graph, every)
@@ -146,7 +153,7 @@ class Strategy(GrowthOracle):
         sites = {site.name: site for site in every if site.name in names}
         smallest = min((costs.extra({name: 1}).params for name in sites), default=0)
         limits = self.limits(model.count_params(), costs.base.flops, smallest)
-        return Room(model, sites, costs, limits, self.next_seed())
+        return Room(model, sites, costs, limits, self.next_seed(), parts)
 
 
 def scaled_alike(room: Room, most: float = np.inf) -> dict[str, int]:
