@@ -13,7 +13,7 @@ from tfgrow.strategies import Net2Net, RandomUnits, Uniform
 from tfgrow.strategies import get as strategy
 
 EVERY = ("uniform", "random", "net2net")
-ALL = (*EVERY, "splitting")
+ALL = (*EVERY, "splitting", "firefly")
 
 
 def chain(*widths):

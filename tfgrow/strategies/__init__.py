@@ -5,6 +5,7 @@ tfgrow.callbacks.Growth(tfgrow.strategies.Uniform(max_params=60_000), data=train
 """
 
 from tfgrow.strategies.base import Strategy
+from tfgrow.strategies.firefly import Firefly
 from tfgrow.strategies.net2net import Net2Net
 from tfgrow.strategies.random_units import RandomUnits
 from tfgrow.strategies.registry import get, register_strategy
@@ -12,6 +13,7 @@ from tfgrow.strategies.splitting import Splitting
 from tfgrow.strategies.uniform import Uniform
 
 __all__ = [
+    "Firefly",
     "Net2Net",
     "RandomUnits",
     "Splitting",
