@@ -140,6 +140,23 @@ def test_no_random_direction_is_better(model, data):
     assert (best < np.min(chance, axis=0)).all()
 
 
+def test_the_order_of_the_candidates_does_not_matter():
+    model = net(4, 3)
+    data = regression_data(model, SAMPLES)
+    every = tfgrow.candidates(model, "split")
+    mixed = every[::2] + every[1::2]
+    values = {}
+    for order in (every, mixed):
+        splits = Splits(model, order, step=0.05)
+        directions = splits.steepest(data, iterations=20)
+        pairs = zip(splits.along(directions), splits.curvatures(directions, data), strict=True)
+        assert [one.key for one in splits.along(directions)] == [one.key for one in order]
+        for one, value in pairs:
+            known, theta = values.setdefault(one.key, (value, theta_of(one)))
+            np.testing.assert_allclose(value, known, rtol=1e-3)
+            np.testing.assert_allclose(theta_of(one), theta, rtol=1e-2, atol=1e-4)
+
+
 @pytest.mark.parametrize("case", ["bn_after_activation", "residual_stream", "dilated_no_bias"])
 def test_products_are_those_of_one_matrix_whatever_the_site(case):
     """The quotient of the gradient, and twice the first-order change, are both v'S v."""
