@@ -106,7 +106,7 @@ class Strategy(GrowthOracle):
         """The edits of one step, within `room`; none if nothing fits."""
 
     def estimated(self, room: Room, chosen: Sequence[Candidate]) -> float | None:
-        """The change of the loss by the edits chosen, for strategies that estimate it."""
+        """The change of the loss by the edits chosen, statistics and all; None if not estimated."""
         del room, chosen
         return None
 
@@ -129,12 +129,13 @@ class Strategy(GrowthOracle):
         started = time.perf_counter()
         parts = self.split(data)
         room = self._room(model, parts)
-        chosen = measured(model, self.choose(room), parts.learn)
+        chosen = self.choose(room)
         extra = _counted(chosen)
         reason = "" if chosen else "no further unit fits the budget"
+        complete = measured(model, chosen, parts.learn)
         plan = Plan(
-            candidates=tuple(chosen),
-            estimated_change=self.estimated(room, chosen) if chosen else None,
+            candidates=tuple(complete),
+            estimated_change=self.estimated(room, complete) if complete else None,
             cost=room.costs.extra(extra) if chosen else Cost(),
             widths={
                 name: (room.sites[name].units, room.sites[name].units + count)
