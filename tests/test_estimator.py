@@ -210,6 +210,26 @@ def test_sampled_curvature_is_the_exact_one_on_average():
     np.testing.assert_allclose(np.diag(found.gram), np.diag(exact.gram), rtol=0.2)
 
 
+@pytest.mark.parametrize("loss", ["mse", "sparse_categorical_crossentropy"])
+def test_without_curvature_the_estimate_is_of_first_order(loss):
+    classes = loss != "mse"
+    model = one_hidden_layer(outputs=3, last="softmax" if classes else None)
+    data = (class_data if classes else regression_data)(model, 30)
+    candidates = with_random_phi(tfgrow.candidates(model, new_units=2))
+    exact = estimator_of(model, loss).interaction(candidates, data)
+    estimator = estimator_of(model, loss, curvature="none")
+    found = estimator.interaction(candidates, data)
+    np.testing.assert_allclose(found.linear, exact.linear, atol=1e-6)
+    assert not found.gram.any()
+    np.testing.assert_allclose(estimator.score(candidates, data), exact.linear, atol=1e-6)
+    assert estimator.joint_change(candidates, data) == pytest.approx(exact.linear.sum(), abs=1e-5)
+    splits = [candidate for candidate in candidates if candidate.morphism == "split"]
+    learned = estimator.learn(splits, data, steps=20)
+    assert estimator.score(learned, data).sum() < estimator.score(splits, data).sum() - 1e-3
+    with pytest.raises(ValueError, match=r"the weights of \['add'\] have no closed form"):
+        estimator.learn(candidates, data)
+
+
 # ---- all losses -----------------------------------------------------------------------------
 
 CROSSENTROPY = keras.losses.CategoricalCrossentropy

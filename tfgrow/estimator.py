@@ -46,8 +46,9 @@ class GaussNewtonEstimator:
       loss: what the estimate is of, as `model.compile` takes it; by default the compiled loss with
         its `loss_weights`.
       curvature: `"exact"` (one back-propagated column per logit), `"sampled"` (columns drawn so
-        that the expectation is exact), `"empirical"` (the gradient as the only column) or
-        `"auto"` (exact up to 16 logits of all outputs together).
+        that the expectation is exact), `"empirical"` (the gradient as the only column), `"none"`
+        (the estimate is of first order) or `"auto"` (exact up to 16 logits of all outputs
+        together).
       draws: number of sampled columns.
       seed: of everything random in the estimate.
       loss_weights: of the outputs' losses, as `model.compile` takes them, to go with `loss`.
@@ -116,11 +117,13 @@ class GaussNewtonEstimator:
           New candidates, in the same order.
 
         Raises:
-          ValueError: if the dataset is empty or doesn't fit, or the loss on it isn't finite.
+          ValueError: if the dataset is empty or doesn't fit, or the loss on it isn't finite; for
+            weights in closed form where there is no curvature.
         """
         require_whole("steps", steps, least=0, optional=False)
         require_whole("settle", settle, least=0, optional=False)
         groups, positions = self._group(candidates)
+        self._check_solvable(groups)
         stream = forever(dataset, seed=self.seed)
         parameters = Parameters(groups)
         adam = new_adam(parameters.pack())
@@ -262,6 +265,14 @@ class GaussNewtonEstimator:
                 "GaussNewtonEstimator(model)."
             )
         return group_candidates(self.model, candidates)
+
+    def _check_solvable(self, groups):
+        solved = sorted({group.morphism.name for group in groups if group.morphism.solved})
+        if solved and self.curvature == "none":
+            raise ValueError(
+                f"To first order the weights of {solved} have no closed form: the longer the "
+                "better. Learn them with another curvature than 'none'."
+            )
 
     def _checked(self, batch):
         return check_batch(self.model, self._graph, self._loss.arranged(batch), self._loss.labels)

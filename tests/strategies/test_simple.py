@@ -13,6 +13,7 @@ from tfgrow.strategies import Net2Net, RandomUnits, Uniform
 from tfgrow.strategies import get as strategy
 
 EVERY = ("uniform", "random", "net2net")
+ALL = (*EVERY, "splitting", "firefly")
 
 
 def chain(*widths):
@@ -25,7 +26,9 @@ def chain(*widths):
 
 @pytest.fixture(scope="module")
 def net():
-    return by_name("conv_bn_relu").model()
+    model = by_name("conv_bn_relu").model()
+    model.compile("sgd", "mse")
+    return model
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -48,12 +51,13 @@ def test_a_step_keeps_the_function_and_its_budget(name, case):
     assert {name: after for name, (_, after) in plan.widths.items()}.items() <= widths.items()
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", ALL)
 def test_equal_seeds_give_equal_steps(name, net):
     data = regression_data(net, 16)
     first, second, third = (
         strategy(name, growth_per_step=0.5, seed=seed).propose_plan(net, data) for seed in (1, 1, 2)
     )
+    assert first.candidates
     assert first.widths == second.widths
     assert len(first.candidates) == len(second.candidates)
     for one, other in zip(first.candidates, second.candidates, strict=True):
@@ -100,8 +104,9 @@ def test_widths_are_rounded(name):
 
 def test_include_and_exclude():
     model = chain(4, 8, 2)
-    data = class_data(model, 16)
-    for name in EVERY:
+    model.compile("adam", "sparse_categorical_crossentropy")
+    data = class_data(model, 256)
+    for name in ALL:
         plan = strategy(name, growth_per_step=0.3, include="hidden1").propose_plan(model, data)
         assert set(plan.widths) == {"hidden1"}
 

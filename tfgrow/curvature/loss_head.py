@@ -21,7 +21,7 @@ from tfgrow.curvature.loss_matching import match_loss
 from tfgrow.curvature.row_losses import RowLoss, SoftmaxCrossentropy
 from tfgrow.curvature.targets import sparse_targets
 
-Curvature = Literal["exact", "sampled", "empirical"]
+Curvature = Literal["exact", "sampled", "empirical", "none"]
 
 AUTO_EXACT_COLUMNS = 16
 """Up to this many columns `"auto"` is exact; a pass per column costs more than it tells beyond."""
@@ -82,8 +82,8 @@ class LossHead:
           curvature: `"exact"` columns make up the Hessian's positive part; `"sampled"` ones do so
             in expectation over the seed; `"empirical"` is the gradient alone. (Its square has the
             scale of the Hessian only for crossentropies of a single position: the mean over
-            positions, or over the outputs of a squared error, shrinks it.) `"auto"` chooses, see
-            `resolve_curvature`.
+            positions, or over the outputs of a squared error, shrinks it.) `"none"` are no columns.
+            `"auto"` chooses, see `resolve_curvature`.
           draws: number of sampled columns, at least 1.
           seed: two int32, a stateless seed; needed by `"sampled"`.
 
@@ -93,6 +93,8 @@ class LossHead:
         """
         z = _float(z)
         curvature = resolve_curvature(curvature, self, z.shape)
+        if curvature == "none":
+            return []
         if curvature == "empirical":
             return [self.gradient(y, z)]
         rows, targets, scale = self._rows(y, z)

@@ -206,9 +206,9 @@ class TotalLoss:
           draws: number of drawn columns.
         """
         start = draws if any(part.curvature == "sampled" for part in self.parts) else 0
-        total = tf.zeros_like(products[0])
+        total = tf.reduce_sum(tf.zeros_like(products), axis=0)  # there may be no columns at all
         for part, target, z, weight in zip(self.parts, y, logits, weights, strict=True):
-            if part.curvature == "sampled":
+            if part.curvature in ("sampled", "none"):
                 continue
             exact = part.at_logits.exact_columns(z.shape) if part.curvature == "exact" else None
             mine, start = products[start : start + (exact or 1)], start + (exact or 1)
@@ -223,6 +223,8 @@ class TotalLoss:
         """Sum over a batch of v' H v for a direction v of the logits of each part."""
 
         def of_part(part, *args):
+            if part.curvature == "none":
+                return tf.zeros(())
             return tf.reduce_sum(part.at_logits.quadratic(*args))
 
         return _sum(self._by_part(of_part, y, logits, directions, weights))

@@ -5,9 +5,20 @@ tfgrow.callbacks.Growth(tfgrow.strategies.Uniform(max_params=60_000), data=train
 """
 
 from tfgrow.strategies.base import Strategy
+from tfgrow.strategies.firefly import Firefly
 from tfgrow.strategies.net2net import Net2Net
 from tfgrow.strategies.random_units import RandomUnits
 from tfgrow.strategies.registry import get, register_strategy
+from tfgrow.strategies.splitting import Splitting
 from tfgrow.strategies.uniform import Uniform
 
-__all__ = ["Net2Net", "RandomUnits", "Strategy", "Uniform", "get", "register_strategy"]
+__all__ = [
+    "Firefly",
+    "Net2Net",
+    "RandomUnits",
+    "Splitting",
+    "Strategy",
+    "Uniform",
+    "get",
+    "register_strategy",
+]

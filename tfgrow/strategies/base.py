@@ -1,4 +1,4 @@
-"""What strategies share that widen sites by whole units and estimate nothing."""
+"""What strategies share that widen sites by whole units."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ class Room:
       costs: what more units cost.
       limits: the most that may be spent.
       seed: of the step.
+      data: batches of the step.
     """
 
     model: keras.Model
@@ -42,6 +43,7 @@ class Room:
     costs: CostModel
     limits: Limits
     seed: int
+    data: GrowthData
 
     def fits(self, extra: Mapping[str, int]) -> bool:
         """Whether so many more units (by site) are within the limits."""
@@ -65,7 +67,7 @@ class Room:
 
 
 class Strategy(GrowthOracle):
-    """Base of strategies that widen sites by whole units and estimate nothing.
+    """Base of strategies that widen sites by whole units and need not estimate anything.
 
     A subclass writes `choose`. The budget, the choice of sites and the bookkeeping are those of
     every growth oracle; the guard is left out, since nothing is promised that it could check.
@@ -96,6 +98,11 @@ class Strategy(GrowthOracle):
     def choose(self, room: Room) -> list[Candidate]:
         """The edits of one step, within `room`; none if nothing fits."""
 
+    def estimated(self, room: Room, chosen: Sequence[Candidate]) -> float | None:
+        """The change of the loss by the edits chosen, statistics and all; None if not estimated."""
+        del room, chosen
+        return None
+
     def split(self, dataset) -> GrowthData:
         """Disjoint batches of a dataset for one step: all but a few to measure statistics on."""
         if isinstance(dataset, GrowthData):
@@ -114,12 +121,13 @@ class Strategy(GrowthOracle):
         del epoch, progress
         started = time.perf_counter()
         parts = self.split(data)
-        room = self._room(model)
+        room = self._room(model, parts)
         chosen = self.choose(room)
         reason = "" if chosen else "no further unit fits the budget"
+        complete = measured(model, chosen, parts.learn)
         plan = Plan(
-            candidates=tuple(measured(model, chosen, parts.learn)),
-            estimated_change=None,
+            candidates=tuple(complete),
+            estimated_change=self.estimated(room, complete) if complete else None,
             cost=joint_cost(room.costs, chosen),
             widths=new_widths(chosen),
             seconds={"choose": time.perf_counter() - started},
@@ -127,7 +135,7 @@ class Strategy(GrowthOracle):
         )
         return plan
 
-    def _room(self, model: keras.Model) -> Room:
+    def _room(self, model: keras.Model, parts: GrowthData) -> Room:
         graph = trace(model)
         every = self.open_sites(sites_of(model, graph))
         costs = CostModel(graph, every)
@@ -135,7 +143,7 @@ class Strategy(GrowthOracle):
         sites = {site.name: site for site in every if site.name in names}
         smallest = min((costs.extra({name: 1}).params for name in sites), default=0)
         limits = self.limits(model.count_params(), costs.base.flops, smallest)
-        return Room(model, sites, costs, limits, self.next_seed())
+        return Room(model, sites, costs, limits, self.next_seed(), parts)
 
 
 def scaled_alike(room: Room, most: float = np.inf) -> dict[str, int]:
