@@ -34,6 +34,7 @@ class Room:
       costs: what more units cost.
       limits: the most that may be spent.
       seed: of the step.
+      data: batches of the step.
     """
 
     model: keras.Model
@@ -41,6 +42,7 @@ class Room:
     costs: CostModel
     limits: Limits
     seed: int
+    data: GrowthData
 
     def fits(self, extra: Mapping[str, int]) -> bool:
         """Whether so many more units (by site) are within the limits."""
@@ -121,7 +123,7 @@ class Strategy(GrowthOracle):
         del epoch, progress
         started = time.perf_counter()
         parts = self.split(data)
-        room = self._room(model)
+        room = self._room(model, parts)
         chosen = self.choose(room)
         extra = _counted(chosen)
         reason = "" if chosen else "no further unit fits the budget"
@@ -138,7 +140,7 @@ class Strategy(GrowthOracle):
         )
         return plan
 
-    def _room(self, model: keras.Model) -> Room:
+    def _room(self, model: keras.Model, parts: GrowthData) -> Room:
         graph = trace(model)
         every = self.open_sites(sites_of(model, graph))
         costs = CostModel(graph, every)
@@ -146,7 +148,7 @@ class Strategy(GrowthOracle):
         sites = {site.name: site for site in every if site.name in names}
         smallest = min((costs.extra({name: 1}).params for name in sites), default=0)
         limits = self.limits(model.count_params(), costs.base.flops, smallest)
-        return Room(model, sites, costs, limits, self.next_seed())
+        return Room(model, sites, costs, limits, self.next_seed(), parts)
 
 
 def scaled_alike(room: Room, most: float = np.inf) -> dict[str, int]:
