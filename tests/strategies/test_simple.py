@@ -13,6 +13,7 @@ from tfgrow.strategies import Net2Net, RandomUnits, Uniform
 from tfgrow.strategies import get as strategy
 
 EVERY = ("uniform", "random", "net2net")
+WITH_DATA = ("gradmax",)
 
 
 def chain(*widths):
@@ -20,12 +21,16 @@ def chain(*widths):
     x = inputs
     for number, width in enumerate(widths):
         x = layers.Dense(width, "relu", name=f"hidden{number}")(x)
-    return tfgrow.convert(keras.Model(inputs, layers.Dense(3, "softmax", name="out")(x)))
+    model = tfgrow.convert(keras.Model(inputs, layers.Dense(3, "softmax", name="out")(x)))
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    return model
 
 
 @pytest.fixture(scope="module")
 def net():
-    return by_name("conv_bn_relu").model()
+    model = by_name("conv_bn_relu").model()
+    model.compile("sgd", "mse")
+    return model
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -48,7 +53,7 @@ def test_a_step_keeps_the_function_and_its_budget(name, case):
     assert {name: after for name, (_, after) in plan.widths.items()}.items() <= widths.items()
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", EVERY + WITH_DATA)
 def test_equal_seeds_give_equal_steps(name, net):
     data = regression_data(net, 16)
     first, second, third = (
@@ -82,12 +87,12 @@ def test_uniform_takes_the_largest_factor_that_fits():
 def test_units_are_limited_by_growth_per_step():
     model = chain(4, 8, 2)
     data = class_data(model, 16)
-    for name in EVERY:
+    for name in EVERY + WITH_DATA:
         plan = strategy(name, growth_per_step=3).propose_plan(model, data)
         assert 0 < len(plan.candidates) <= 3
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", EVERY + WITH_DATA)
 def test_widths_are_rounded(name):
     model = chain(4, 8, 4)
     plan = strategy(name, growth_per_step=None, max_params=600, round_to=4).propose_plan(
@@ -101,7 +106,7 @@ def test_widths_are_rounded(name):
 def test_include_and_exclude():
     model = chain(4, 8, 2)
     data = class_data(model, 16)
-    for name in EVERY:
+    for name in EVERY + WITH_DATA:
         plan = strategy(name, growth_per_step=0.3, include="hidden1").propose_plan(model, data)
         assert set(plan.widths) == {"hidden1"}
 

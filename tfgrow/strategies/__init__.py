@@ -5,9 +5,18 @@ tfgrow.callbacks.Growth(tfgrow.strategies.Uniform(max_params=60_000), data=train
 """
 
 from tfgrow.strategies.base import Strategy
+from tfgrow.strategies.gradmax import GradMax
 from tfgrow.strategies.net2net import Net2Net
 from tfgrow.strategies.random_units import RandomUnits
 from tfgrow.strategies.registry import get, register_strategy
 from tfgrow.strategies.uniform import Uniform
 
-__all__ = ["Net2Net", "RandomUnits", "Strategy", "Uniform", "get", "register_strategy"]
+__all__ = [
+    "GradMax",
+    "Net2Net",
+    "RandomUnits",
+    "Strategy",
+    "Uniform",
+    "get",
+    "register_strategy",
+]
