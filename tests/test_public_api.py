@@ -25,7 +25,7 @@ NAMESPACES = {
     "callbacks": {"Growth"},
     "layers": {"BatchNormalization", "Conv1D", "Conv2D", "Conv3D", "Dense", "DepthwiseConv2D"},
     "schedules": {"OnPlateau"},
-    "strategies": {"GradMax", "Net2Net", "RandomUnits", "Strategy", "Uniform"},
+    "strategies": {"GradMax", "Net2Net", "RandomUnits", "Strategy", "Tiny", "Uniform"},
 }
 NAMES = FUNCTIONS | CLASSES | VALUES | set(NAMESPACES)
 

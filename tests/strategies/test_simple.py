@@ -13,7 +13,7 @@ from tfgrow.strategies import Net2Net, RandomUnits, Uniform
 from tfgrow.strategies import get as strategy
 
 EVERY = ("uniform", "random", "net2net")
-WITH_DATA = ("gradmax",)
+WITH_DATA = ("gradmax", "tiny")
 
 
 def chain(*widths):

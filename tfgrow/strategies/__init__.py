@@ -9,6 +9,7 @@ from tfgrow.strategies.gradmax import GradMax
 from tfgrow.strategies.net2net import Net2Net
 from tfgrow.strategies.random_units import RandomUnits
 from tfgrow.strategies.registry import get, register_strategy
+from tfgrow.strategies.tiny import Tiny
 from tfgrow.strategies.uniform import Uniform
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Net2Net",
     "RandomUnits",
     "Strategy",
+    "Tiny",
     "Uniform",
     "get",
     "register_strategy",

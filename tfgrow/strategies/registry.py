@@ -9,6 +9,7 @@ from tfgrow.oracle.gauss_newton import GaussNewtonOracle
 from tfgrow.strategies.gradmax import GradMax
 from tfgrow.strategies.net2net import Net2Net
 from tfgrow.strategies.random_units import RandomUnits
+from tfgrow.strategies.tiny import Tiny
 from tfgrow.strategies.uniform import Uniform
 
 STRATEGIES: dict[str, type[GrowthOracle]] = {
@@ -16,6 +17,7 @@ STRATEGIES: dict[str, type[GrowthOracle]] = {
     "gradmax": GradMax,
     "net2net": Net2Net,
     "random": RandomUnits,
+    "tiny": Tiny,
     "uniform": Uniform,
 }
 
@@ -24,7 +26,7 @@ def get(identifier: str | GrowthOracle, **settings: Any) -> GrowthOracle:
     """An oracle by name, made with some settings, or the one given.
 
     Args:
-      identifier: one of `"gauss_newton"`, `"gradmax"`, `"net2net"`, `"random"`,
+      identifier: one of `"gauss_newton"`, `"gradmax"`, `"net2net"`, `"random"`, `"tiny"`,
         `"uniform"`, or an oracle.
       **settings: of an oracle named: `max_params`, `growth_per_step`, `seed`...
 
