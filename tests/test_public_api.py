@@ -25,7 +25,16 @@ NAMESPACES = {
     "callbacks": {"Growth"},
     "layers": {"BatchNormalization", "Conv1D", "Conv2D", "Conv3D", "Dense", "DepthwiseConv2D"},
     "schedules": {"OnPlateau"},
-    "strategies": {"Firefly", "Net2Net", "RandomUnits", "Splitting", "Strategy", "Uniform"},
+    "strategies": {
+        "Firefly",
+        "GradMax",
+        "Net2Net",
+        "RandomUnits",
+        "Splitting",
+        "Strategy",
+        "Tiny",
+        "Uniform",
+    },
 }
 NAMES = FUNCTIONS | CLASSES | VALUES | set(NAMESPACES)
 

@@ -413,8 +413,7 @@ class GrowthEvent:
 
         None where one of them is missing, or nothing was applied.
         """
-        known = self.estimated_change and self.measured_change is not None
-        if self.status != "applied" or not known:
+        if self.status != "applied" or self.measured_change is None or not self.estimated_change:
             return None
         return self.measured_change / self.estimated_change
 

@@ -13,7 +13,7 @@ from tfgrow.strategies import Net2Net, RandomUnits, Uniform
 from tfgrow.strategies import get as strategy
 
 EVERY = ("uniform", "random", "net2net")
-ALL = (*EVERY, "splitting", "firefly")
+ALL = (*EVERY, "splitting", "firefly", "gradmax", "tiny")
 
 
 def chain(*widths):
@@ -21,7 +21,9 @@ def chain(*widths):
     x = inputs
     for number, width in enumerate(widths):
         x = layers.Dense(width, "relu", name=f"hidden{number}")(x)
-    return tfgrow.convert(keras.Model(inputs, layers.Dense(3, "softmax", name="out")(x)))
+    model = tfgrow.convert(keras.Model(inputs, layers.Dense(3, "softmax", name="out")(x)))
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -86,12 +88,12 @@ def test_uniform_takes_the_largest_factor_that_fits():
 def test_units_are_limited_by_growth_per_step():
     model = chain(4, 8, 2)
     data = class_data(model, 16)
-    for name in EVERY:
+    for name in (*EVERY, "gradmax", "tiny"):
         plan = strategy(name, growth_per_step=3).propose_plan(model, data)
         assert 0 < len(plan.candidates) <= 3
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", [*EVERY, "gradmax", "tiny"])
 def test_widths_are_rounded(name):
     model = chain(4, 8, 4)
     plan = strategy(name, growth_per_step=None, max_params=600, round_to=4).propose_plan(

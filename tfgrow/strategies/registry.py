@@ -7,17 +7,21 @@ from typing import Any
 from tfgrow.oracle.base import GrowthOracle
 from tfgrow.oracle.gauss_newton import GaussNewtonOracle
 from tfgrow.strategies.firefly import Firefly
+from tfgrow.strategies.gradmax import GradMax
 from tfgrow.strategies.net2net import Net2Net
 from tfgrow.strategies.random_units import RandomUnits
 from tfgrow.strategies.splitting import Splitting
+from tfgrow.strategies.tiny import Tiny
 from tfgrow.strategies.uniform import Uniform
 
 STRATEGIES: dict[str, type[GrowthOracle]] = {
     "firefly": Firefly,
     "gauss_newton": GaussNewtonOracle,
+    "gradmax": GradMax,
     "net2net": Net2Net,
     "random": RandomUnits,
     "splitting": Splitting,
+    "tiny": Tiny,
     "uniform": Uniform,
 }
 
@@ -26,8 +30,8 @@ def get(identifier: str | GrowthOracle, **settings: Any) -> GrowthOracle:
     """An oracle by name, made with some settings, or the one given.
 
     Args:
-      identifier: one of `"firefly"`, `"gauss_newton"`, `"net2net"`, `"random"`, `"splitting"`,
-        `"uniform"`, or an oracle.
+      identifier: one of `"firefly"`, `"gauss_newton"`, `"gradmax"`, `"net2net"`, `"random"`,
+        `"splitting"`, `"tiny"`, `"uniform"`, or an oracle.
       **settings: of an oracle named: `max_params`, `growth_per_step`, `seed`...
 
     Raises:
