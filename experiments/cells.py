@@ -60,6 +60,18 @@ class Kept(Protocol):
         """The settings that the file must agree with to count."""
 
 
+class Seeded(Protocol):
+    """What a cell of any experiment says of how it begins."""
+
+    @property
+    def seed(self) -> int:
+        """Of the network, the split of the data and everything else random."""
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """The flags: `dataset`, `data_dir`, `threads`, and `max_train` if it is limited."""
+
+
 def load(cell: Kept) -> dict[str, Any] | None:
     """The result of a finished cell, or None.
 
@@ -94,7 +106,7 @@ def run_cell(cell: Cell, grown: Mapping[str, Any] | None) -> dict[str, Any]:
     return finish(cell, trained, epochs)
 
 
-def begin(cell: Cell) -> Any:
+def begin(cell: Seeded) -> Any:
     """Fixes threads and seeds of this process, which should be fresh, and loads the cell's data."""
     import tensorflow as tf
 
@@ -197,13 +209,13 @@ def _from_scratch(cell: Cell, data: Any, grown: Mapping[str, Any]) -> tuple[Any,
         )
     if cell.arm == "same_epochs":
         return training.train(model, data, _recipe(cell, grown["epochs"])), grown["epochs"]
-    clock = _until_time_is_up(grown["seconds"], cell.settings["learning_rate"])
+    clock = until_time_is_up(grown["seconds"], cell.settings["learning_rate"])
     recipe = dataclasses.replace(_recipe(cell, training.ENDLESS), decay="constant")
     trained = training.train(model, data, recipe, [clock])
     return trained, len(trained.history["loss"])
 
 
-def _until_time_is_up(seconds: float, learning_rate: float) -> Any:
+def until_time_is_up(seconds: float, learning_rate: float) -> Any:
     """A callback that stops a fit after so many seconds, the learning rate falling to 0 by then.
 
     By the clock, not by a number of epochs guessed beforehand: how long an epoch takes varies.

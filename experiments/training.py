@@ -129,6 +129,18 @@ def make_oracle(
     return tfgrow.GaussNewtonOracle("val_loss", seed=seed, **growing.oracle, **place)
 
 
+def make_strategy(name: str, growing: Growing, seed: int) -> Any:
+    """Any growth oracle by name, in memory only; see `tfgrow.strategies.get`."""
+    return tfgrow.strategies.get(name, objective="val_loss", seed=seed, **growing.oracle)
+
+
+def sizes_in_logs(data: Dataset, batch_size: int) -> tfgrow.callbacks.Growth:
+    """A callback that logs parameters and FLOPs, as growth does, and never grows."""
+    never = tfgrow.schedules.EveryNEpochs(ENDLESS)
+    few = data.x_train[:batch_size], data.y_train[:batch_size]
+    return tfgrow.callbacks.Growth("uniform", data=few, when=never, verbose=0)
+
+
 def train(
     model: keras.Model,
     data: Dataset,
@@ -170,9 +182,10 @@ def train_growing(
     data: Dataset,
     recipe: Recipe,
     growing: Growing,
-    oracle: tfgrow.GaussNewtonOracle,
+    oracle: Any,
     journal: str | os.PathLike[str] | None = None,
     verbose: bool = True,
+    callbacks: Sequence[keras.callbacks.Callback] = (),
 ) -> Trained:
     """`train`, growing: edits are learned, scored and judged on training images.
 
@@ -181,9 +194,10 @@ def train_growing(
       data: the dataset.
       recipe: how it is trained.
       growing: when it grows.
-      oracle: what proposes the edits.
+      oracle: what proposes the edits, a growth oracle.
       journal: path of the JSON file of the events, or None.
       verbose: print a line per epoch and per event.
+      callbacks: beside the growth's.
     """
     growth = tfgrow.callbacks.Growth(
         oracle,
@@ -193,7 +207,7 @@ def train_growing(
         verbose=2 if verbose else 0,
         rounds=growing.rounds,
     )
-    return train(model, data, recipe, [growth], verbose)
+    return train(model, data, recipe, [growth, *callbacks], verbose)
 
 
 class Until(tfgrow.schedules.Schedule):

@@ -1,0 +1,175 @@
+r"""Growing by Gauss-Newton beside other ways to grow: the same networks, budgets, recipe and seeds.
+
+    python -m experiments.compare --data_dir=$HOME/tensorflow_datasets
+    python -m experiments.compare --methods=gauss_newton,uniform --budgets=10000 --seeds=1
+
+Two claims, kept apart. *Better architectures*: the widths that a method found, trained from scratch
+(`from_scratch`), beside a template whose widths are all scaled alike. *Cheaper training*: the
+network as it was grown (`grown`), beside its final shape trained from scratch for as many epochs
+(`from_scratch`), FLOPs (`same_flops`) or seconds (`same_time`); the latter two for --references.
+
+Every cell runs in a process of its own with --threads threads, and writes one JSON file under
+--results_dir when it has ended; a cell whose file exists is not run again, so that a sweep that was
+ended goes on where it was. All finished cells make up `compare.csv`, `curves.csv` and --docs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+
+from experiments._messages import in_words, quiet_logs
+from experiments.cells import in_fresh_process, load
+from experiments.contest import CLAIMS, FROM_SCRATCH, GROWN, TEMPLATE, Cell, run_cell
+
+os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+# Networks whose widths that can grow are exactly those that `models.build` takes.
+MODELS = ("vgg", "mlp", "resnet", "vgg_no_bn", "vgg_gelu")
+# The names of tfgrow.strategies, which takes seconds to import.
+METHODS = (
+    TEMPLATE, "firefly", "gauss_newton", "gradmax", "net2net", "random", "splitting", "tiny",
+    "uniform",
+)  # fmt: skip
+
+COMMON = (
+    "data_dir", "max_train", "widths", "augment", "epochs", "every", "settle", "rounds",
+    "growth_per_step", "morphisms", "new_units", "curvature", "batch_size", "learning_rate",
+    "optimizer", "threads", "results_dir",
+)  # fmt: skip
+
+
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
+    """Defines this binary's flags."""
+    for name, chosen, text in (
+        ("datasets", ["cifar10"], "digits, or TensorFlow Datasets names."),
+        ("budgets", ["10000", "20000", "40000"], "Most parameters of the grown networks."),
+        ("morphisms", ["split", "add"], "Kinds of edits of gauss_newton."),
+    ):
+        flags.DEFINE_list(name, chosen, text, flag_values=values)
+    for name, some, known, text in (
+        ("models", ["vgg"], MODELS, "Seed networks of experiments.models."),
+        ("methods", list(METHODS), METHODS, "What chooses the widths."),
+        ("claims", list(CLAIMS), CLAIMS, "Which trainings of each method."),
+        ("references", ["gauss_newton"], METHODS, "Methods of same_flops and same_time."),
+    ):
+        flags.DEFINE_list(name, some, f"{text} Of: {', '.join(known)}.", flag_values=values)
+        _only(name, known, values)
+    for name, text_default, text in (
+        ("data_dir", None, "Where TensorFlow Datasets keeps its data."),
+        ("results_dir", "experiments/results/compare", "Where cells and CSV files are kept."),
+        ("docs", "docs/results.md", "The page to write; empty for none."),
+    ):
+        flags.DEFINE_string(name, text_default, text, flag_values=values)
+    flags.DEFINE_list("widths", None, "Units per layer of the seed networks.", flag_values=values)
+    flags.DEFINE_bool("augment", False, "Shift (and mirror) the images.", flag_values=values)
+    for name, number, text, least in (
+        ("max_train", None, "Training images used, at most.", 100),
+        ("seeds", 3, "Number of seeds: 0, 1, ...", 1),
+        ("epochs", 20, "Epochs of the grown networks, and from scratch.", 2),
+        ("every", 2, "Epochs from one moment of growth to the next.", 1),
+        ("rounds", 1, "Events at a time, at most.", 1),
+        ("new_units", 4, "New units tried per layer and event, of gauss_newton.", 1),
+        ("batch_size", 128, "Images per training step.", 1),
+        ("threads", 2, "Threads of TensorFlow within an operation.", 1),
+    ):
+        flags.DEFINE_integer(name, number, text, least, flag_values=values)
+    for name, share, text in (
+        ("learning_rate", 3e-3, "At the start; it falls to 0."),
+        ("settle", 0.3, "Share of the epochs, at the end, without growth."),
+        ("growth_per_step", 0.5, "Most parameters an event adds, relative to those before."),
+    ):
+        flags.DEFINE_float(name, share, text, 0.0, flag_values=values)
+    flags.DEFINE_enum(
+        "curvature", "sampled", ("auto", "exact", "sampled", "empirical"),
+        "Curvature of gauss_newton's estimates.", flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_enum(
+        "optimizer", "adam", ("adam", "adamw", "rmsprop", "sgd"), "Optimizer.", flag_values=values
+    )
+    for name in ("widths", "budgets"):
+
+        @flags.validator(name, "expected whole numbers >= 1 such as 4,4,8,8.", flag_values=values)
+        def _whole(found):
+            return not found or all(text.strip().isdigit() and int(text) > 0 for text in found)
+
+
+def _only(name: str, known: tuple[str, ...], values: flags.FlagValues) -> None:
+    @flags.validator(name, f"expected some of {', '.join(known)}.", flag_values=values)
+    def _known(found):
+        return bool(found) and set(found) <= set(known)
+
+
+def cells_of(options: Any) -> Iterator[Cell]:
+    """All cells, seed by seed, so that what has been done when it is ended is comparable.
+
+    The cell of a method that grows comes before those that need what it found.
+    """
+    common = {name: getattr(options, name) for name in COMMON}
+    common["widths"] = common["widths"] and [int(text) for text in common["widths"]]
+    for seed in range(options.seeds):
+        for dataset in options.datasets:
+            for model in options.models:
+                for budget in map(int, options.budgets):
+                    for method in options.methods:
+                        for claim in _claims(method, options):
+                            yield Cell(dataset, model, budget, method, claim, seed, common)
+
+
+def _claims(method: str, options: Any) -> list[str]:
+    if method == TEMPLATE:
+        return [FROM_SCRATCH] if FROM_SCRATCH in options.claims else []
+    wanted = {GROWN, *options.claims}
+    if method not in options.references:
+        wanted &= {GROWN, FROM_SCRATCH}
+    return [claim for claim in CLAIMS if claim in wanted]
+
+
+def sweep(cells: list[Cell]) -> None:
+    """Runs the cells that are missing, one after the other, saying how far it is."""
+    from experiments.progress import Progress
+
+    known: dict[Path, Mapping[str, Any]] = {}
+    missing = [cell for cell in cells if load(cell) is None]
+    print(f"{len(cells)} cells, {len(missing)} of them to run", flush=True)
+    progress = Progress("cells")
+    for number, cell in enumerate(missing):
+        grown = None
+        if cell.claim != GROWN and cell.method != TEMPLATE:
+            grown = _grown_of(cell, known)
+        print(f"{cell.path}", flush=True)
+        known[cell.path] = in_fresh_process(run_cell, cell, grown)
+        progress(number + 1, len(missing))
+
+
+def _grown_of(cell: Cell, known: Mapping[Path, Mapping[str, Any]]) -> Mapping[str, Any]:
+    grown = dataclasses.replace(cell, claim=GROWN)
+    found = known.get(grown.path) or load(grown)
+    assert found is not None  # it comes before
+    return found
+
+
+def main(arguments: list[str]) -> None:
+    """Runs what is missing, then writes tables and pictures of all there is."""
+    if len(arguments) > 1:
+        raise app.UsageError(f"Unexpected arguments {arguments[1:]}; settings are --flags.")
+    quiet_logs()
+    options = flags.FLAGS
+    with in_words("experiments.compare"):
+        sweep(list(cells_of(options)))
+        from experiments import standings
+
+        results = standings.collect(options.results_dir)
+        standings.write(results, Path(options.results_dir), options.docs)
+    standings.show(results)
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)

@@ -1,0 +1,224 @@
+"""The cells of `experiments.compare`: one training each, in a process of its own, kept in a file.
+
+Of every method, budget and seed there are up to four:
+
+* `grown`: from the seed network to the budget, while it trains;
+* `from_scratch`: the widths that were found, trained from the start by the same recipe;
+* `same_flops`, `same_time`: the same, for as many FLOPs, or seconds, as `grown` took.
+
+The method `template` does not grow: its widths are those of the seed network, all scaled alike.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import resource
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.cells import begin, until_time_is_up
+
+GROWN, FROM_SCRATCH, SAME_FLOPS, SAME_TIME = "grown", "from_scratch", "same_flops", "same_time"
+CLAIMS = (GROWN, FROM_SCRATCH, SAME_FLOPS, SAME_TIME)
+TEMPLATE = "template"
+
+BACKWARD = 3
+"""A training step costs three forward passes: one forward, about two backward."""
+
+OWN_SETTINGS = {"gauss_newton": ("morphisms", "new_units", "curvature")}
+"""Flags that only some methods take, beside the budget and `growth_per_step`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One training of the comparison, and everything that decides its outcome.
+
+    Attributes:
+      dataset, model: names, see `experiments.datasets` and `experiments.models`.
+      budget: most parameters.
+      method: a name of `tfgrow.strategies`, or `"template"`.
+      claim: one of `CLAIMS`.
+      seed: of the network, the split of the data and everything else random.
+      common: the flags that all cells share.
+    """
+
+    dataset: str
+    model: str
+    budget: int
+    method: str
+    claim: str
+    seed: int
+    common: Mapping[str, Any]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All settings by flag."""
+        return {**self.common, "dataset": self.dataset, "model": self.model}
+
+    @property
+    def path(self) -> Path:
+        """The cell's file."""
+        folder = f"{self.dataset.replace('/', '-')}-{self.model}-{self.budget}"
+        name = f"{self.method}-{self.claim}-seed{self.seed}.json"
+        return Path(self.common["results_dir"]) / "cells" / folder / name
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """The settings that a finished cell must agree with to count."""
+        places = ("data_dir", "results_dir", "threads")
+        own = {name for names in OWN_SETTINGS.values() for name in names}
+        own -= set(OWN_SETTINGS.get(self.method, ()))
+        left_out = {*places, *own}
+        return {name: value for name, value in self.common.items() if name not in left_out}
+
+
+def run_cell(cell: Cell, grown: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Trains one cell and writes its file; meant for a fresh process.
+
+    Args:
+      cell: which.
+      grown: what the `grown` cell of the same method, budget and seed came to; None for that cell
+        itself and for the template.
+    """
+    data = begin(cell)
+    from experiments.reports import write_json
+
+    clock = Clock()
+    if cell.claim == GROWN:
+        trained = _grow(cell, data, clock)
+    else:
+        widths = _template(cell, data) if grown is None else list(grown["widths"].values())
+        trained = _from_scratch(cell, data, widths, grown, clock)
+    result = _outcome(cell, trained, clock, len(data.x_train))
+    cell.path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(cell.path, result)
+    return result
+
+
+def _outcome(cell: Cell, trained: Any, clock: Any, samples: int) -> dict[str, Any]:
+    from experiments import training
+
+    flops = [int(each) for each in trained.history["tfgrow_flops"]]
+    training_flops = [BACKWARD * samples * each for each in flops]
+    alive = [event.newborn_alive for event in trained.events if event.newborn]
+    known = [share for share in alive if share is not None]
+    return {
+        "dataset": cell.dataset,
+        "model": cell.model,
+        "budget": cell.budget,
+        "method": cell.method,
+        "claim": cell.claim,
+        "seed": cell.seed,
+        "settings": cell.key,
+        "widths": training.open_widths(trained.model),
+        "params": trained.model.count_params(),
+        "flops": flops[-1],
+        "epochs": len(flops),
+        "val_accuracy": trained.history["val_accuracy"][-1],
+        "test_accuracy": trained.test_accuracy,
+        "test_loss": trained.test_loss,
+        "training_flops": sum(training_flops),
+        "seconds": trained.seconds,
+        "growth_seconds": trained.growth_seconds,
+        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "newborn_alive": sum(known) / len(known) if known else None,
+        "by_epoch": {
+            "val_accuracy": trained.history["val_accuracy"],
+            "flops": training_flops,
+            "seconds": clock.seconds,
+        },
+        "events": [event.to_json() for event in trained.events],
+    }
+
+
+def _grow(cell: Cell, data: Any, clock: Any) -> Any:
+    from experiments import training
+
+    settings = cell.settings
+    shared = {"max_params": cell.budget, "growth_per_step": settings["growth_per_step"]}
+    own = {name: settings[name] for name in OWN_SETTINGS.get(cell.method, ())}
+    growing = training.Growing(
+        "every", settings["every"], settings["settle"], {**shared, **own}, rounds=settings["rounds"]
+    )
+    return training.train_growing(
+        training.seed_network(
+            cell.model, data, settings["widths"], cell.seed, settings["augment"]
+        ),
+        data,
+        _recipe(cell, settings["epochs"]),
+        growing,
+        training.make_strategy(cell.method, growing, cell.seed),
+        callbacks=[clock.callback()],
+    )  # fmt: skip
+
+
+def _from_scratch(
+    cell: Cell, data: Any, widths: Sequence[int], grown: Mapping[str, Any] | None, clock: Any
+) -> Any:
+    from experiments import training
+
+    settings = cell.settings
+    model = training.seed_network(cell.model, data, widths, cell.seed, settings["augment"])
+    if grown is not None and model.count_params() != grown["params"]:
+        raise ValueError(
+            f"From scratch the network has {model.count_params()} parameters, grown "
+            f"{grown['params']}: --models={cell.model} does not follow from its widths."
+        )
+    callbacks = [clock.callback(), training.sizes_in_logs(data, settings["batch_size"])]
+    recipe = _recipe(cell, settings["epochs"])
+    if cell.claim == SAME_FLOPS:
+        assert grown is not None
+        per_epoch = BACKWARD * len(data.x_train) * grown["flops"]
+        recipe = _recipe(cell, max(1, round(grown["training_flops"] / per_epoch)))
+    elif cell.claim == SAME_TIME:
+        assert grown is not None
+        callbacks.append(until_time_is_up(grown["seconds"], settings["learning_rate"]))
+        recipe = dataclasses.replace(_recipe(cell, training.ENDLESS), decay="constant")
+    return training.train(model, data, recipe, callbacks)
+
+
+def _template(cell: Cell, data: Any) -> list[int]:
+    """The seed network's widths times the largest factor that the budget allows."""
+    import tfgrow
+    from experiments import training
+
+    model = training.seed_network(cell.model, data, cell.common["widths"], cell.seed)
+    model.compile("sgd", training.LOSS)
+    oracle = tfgrow.strategies.Uniform(
+        max_params=cell.budget, growth_per_step=None, seed=cell.seed
+    )  # fmt: skip
+    few = data.x_train[:256], data.y_train[:256]
+    wider = oracle.propose_plan(model, few).widths
+    widths = training.open_widths(model)
+    return [wider.get(name, (units, units))[1] for name, units in widths.items()]
+
+
+def _recipe(cell: Cell, epochs: int) -> Any:
+    from experiments import training
+
+    names = ("batch_size", "learning_rate", "optimizer")
+    chosen = {name: cell.settings[name] for name in names}
+    return training.Recipe(epochs=epochs, seed=cell.seed, **chosen)
+
+
+class Clock:
+    """The wall time of every epoch of a fit, validation and growth included."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def callback(self) -> Any:
+        """The Keras callback that fills `seconds`."""
+        import keras
+
+        def start(logs: Any = None) -> None:
+            self._last = time.perf_counter()
+
+        def note(epoch: int, logs: Any = None) -> None:
+            now = time.perf_counter()
+            self.seconds.append(now - self._last)
+            self._last = now
+
+        return keras.callbacks.LambdaCallback(on_train_begin=start, on_epoch_end=note)
