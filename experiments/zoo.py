@@ -275,9 +275,7 @@ def page(results: Sequence[Mapping[str, Any]]) -> str:
         f"{settings['scale']:g} (by its root where the effect is of second order), "
         "on the samples they were learned on; the true change of the mean loss is in brackets. "
         "Ratios far from 1 are of random networks that even such steps change beyond all "
-        "quadratics, or that give an image's label a probability of less than 1e-7: there Keras's "
-        "loss of probabilities, which is the truth here, stands still, and the estimate's, which "
-        "is of logits, does not. "
+        "quadratics. "
         "What can only be done as a whole (a removal) is judged at the last of the sites: an "
         "untrained deep network turns a change as large as that, further ahead, into anything. It "
         "is not among `all`, which are those of as many kinds as can be applied at once.",
