@@ -233,14 +233,6 @@ def test_a_step_keeps_its_budget_and_lowers_the_loss(case):
     assert tfgrow.measure_change(model, plan.candidates, data) < 0
 
 
-def test_widths_are_rounded():
-    model = net(4, 6)
-    data = regression_data(model, SAMPLES)
-    plan = Firefly(max_params=170, growth_per_step=None, round_to=4).propose_plan(model, data)
-    assert plan.candidates
-    assert all(after % 4 == 0 for _, after in plan.widths.values())
-
-
 def test_equal_seeds_give_equal_plans(model, data):
     first, second, third = (
         Firefly(growth_per_step=3, steps=4, seed=seed).propose_plan(model, data)
@@ -251,17 +243,6 @@ def test_equal_seeds_give_equal_plans(model, data):
         assert one.key == other.key
         for name, value in one.theta.items():
             np.testing.assert_array_equal(value, other.theta[name])
-
-
-def test_a_fit_by_name():
-    model = net(3, 3)
-    data = regression_data(model, SAMPLES)
-    growth = tfgrow.callbacks.Growth("firefly", data=data, every=1)
-    model.fit(*data, epochs=2, verbose=0, callbacks=[growth])
-    (event,) = growth.events
-    assert event.status == "applied"
-    assert event.estimated_change < 0
-    assert event.params_after > event.params_before
 
 
 def test_arguments():

@@ -227,3 +227,27 @@ def test_a_strategy_of_ones_own():
     plan = strategy("first").propose_plan(model, class_data(model, 16))
     assert plan.widths == {"hidden0": (4, 5)}
     assert get(plan.candidates[0].morphism).name == "add"
+
+
+@pytest.mark.parametrize("name", ["splitting", "firefly"])
+def test_strategies_that_estimate_round_and_grow_in_a_fit(name):
+    """Smooth units, whose splits can gain something."""
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((5,))
+    x = layers.Dense(4, "tanh", name="hidden0")(inputs)
+    x = layers.Dense(6, "tanh", name="hidden1")(x)
+    model = tfgrow.convert(keras.Model(inputs, layers.Dense(2, name="out")(x)))
+    model.compile("adam", "mse")
+    data = regression_data(model, 256)
+    most = model.count_params() + 80
+    plan = strategy(name, max_params=most, growth_per_step=None, round_to=4).propose_plan(
+        model, data
+    )
+    assert plan.candidates
+    assert all(after % 4 == 0 for _, after in plan.widths.values())
+    growth = tfgrow.callbacks.Growth(name, data=data, every=1)
+    model.fit(*data, epochs=2, verbose=0, callbacks=[growth])
+    (event,) = growth.events
+    assert event.status == "applied"
+    assert event.estimated_change < 0
+    assert event.params_after > event.params_before

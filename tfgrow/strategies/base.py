@@ -103,6 +103,10 @@ class Strategy(GrowthOracle):
         del room, chosen
         return None
 
+    def remark(self, chosen: Sequence[Candidate]) -> str:
+        """What the plan's reason says, of those chosen or of there being none."""
+        return "" if chosen else "no further unit fits the budget"
+
     def split(self, dataset) -> GrowthData:
         """Disjoint batches of a dataset for one step: all but a few to measure statistics on."""
         if isinstance(dataset, GrowthData):
@@ -123,17 +127,15 @@ class Strategy(GrowthOracle):
         parts = self.split(data)
         room = self._room(model, parts)
         chosen = self.choose(room)
-        reason = "" if chosen else "no further unit fits the budget"
         complete = measured(model, chosen, parts.learn)
-        plan = Plan(
+        return Plan(
             candidates=tuple(complete),
             estimated_change=self.estimated(room, complete) if complete else None,
             cost=joint_cost(room.costs, chosen),
             widths=new_widths(chosen),
             seconds={"choose": time.perf_counter() - started},
-            reason=reason,
+            reason=self.remark(chosen),
         )
-        return plan
 
     def _room(self, model: keras.Model, parts: GrowthData) -> Room:
         graph = trace(model)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import keras
@@ -45,7 +45,6 @@ from tfgrow.morphisms.registry import candidates as make_candidates
 from tfgrow.morphisms.registry import get
 from tfgrow.morphisms.weights import as_layer_weights, typical_scale
 from tfgrow.strategies.base import Room, Strategy
-from tfgrow.types import Plan
 
 STEP = 1e-2
 """Size of the largest response at which a path is linearised."""
@@ -285,17 +284,8 @@ class LinearStrategy(Strategy):
         fit = [one for one, reason in zip(every, reasons, strict=True) if reason is None]
         return fit, [reason for reason in reasons if reason is not None]
 
-    def propose_plan(
-        self,
-        model: keras.Model,
-        data: Any,
-        *,
-        epoch: int = 0,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> Plan:
-        """Chooses and measures; see the class. `data` is a dataset or a `GrowthData`."""
-        plan = super().propose_plan(model, data, epoch=epoch, progress=progress)
-        return dataclasses.replace(plan, reason="; ".join(self._notes) or plan.reason)
+    def remark(self, chosen: Sequence[Candidate]) -> str:
+        return "; ".join(self._notes) or super().remark(chosen)
 
 
 def captures(

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import abc
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
@@ -16,7 +15,6 @@ from tfgrow.estimator import GaussNewtonEstimator
 from tfgrow.morphisms.base import Candidate
 from tfgrow.oracle.data import GrowthData, split_data
 from tfgrow.strategies.base import Room, Strategy
-from tfgrow.types import Plan
 
 
 class Ranked(Strategy):
@@ -55,19 +53,8 @@ class Ranked(Strategy):
         some = data.learn[:1] if isinstance(data, GrowthData) else islice(batches_of(data), 1)
         GaussNewtonEstimator(model, curvature="none").loss(list(some))
 
-    def propose_plan(
-        self,
-        model: keras.Model,
-        data: Any,
-        *,
-        epoch: int = 0,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> Plan:
-        """Chooses and measures; see the class. `data` is a dataset or a `GrowthData`."""
-        plan = super().propose_plan(model, data, epoch=epoch, progress=progress)
-        if plan.candidates:
-            return plan
-        return dataclasses.replace(plan, reason="no unit that lowers the loss fits the budget")
+    def remark(self, chosen: Sequence[Candidate]) -> str:
+        return "" if chosen else "no unit that lowers the loss fits the budget"
 
 
 def best_first(
