@@ -187,7 +187,7 @@ def test_every_strategy_is_a_method():
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("--methods=magic", "expected some of template, gauss_newton"),
+        ("--methods=magic", "expected some of template, firefly"),
         ("--claims=", "expected some of grown"),
         ("--budgets=0", "whole numbers"),
         ("--widths=4,x", "whole numbers"),

@@ -1,0 +1,88 @@
+"""The long run: it stops, is killed, goes on, ends; in this process, on a tiny network."""
+
+import json
+
+import keras
+import pytest
+from absl import flags
+
+from experiments import headline, training
+
+TINY = (
+    "--dataset=digits", "--model=mlp", "--widths=3,3", "--max_params=400", "--epochs=5",
+    "--every=2", "--max_train=300", "--rounds=1", "--new_units=2", "--growth_per_step=0.4",
+    "--threads=1",
+)  # fmt: skip
+
+
+def settings(folder, *arguments):
+    values = flags.FlagValues()
+    headline.define_flags(values)
+    values(["program", *TINY, f"--output_dir={folder}", *arguments])
+    return headline.settings_of(values)
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch):
+    monkeypatch.setattr(training, "make_repeatable", keras.utils.set_random_seed)
+
+
+def state_in(folder):
+    return json.loads((folder / "headline" / "state.json").read_text())
+
+
+def test_a_run_that_is_stopped_goes_on_to_its_end(tmp_path):
+    stopping = settings(tmp_path, "--hours=0")
+    done = []
+    while (result := headline.Run(stopping).go_on()) is None:
+        done.append(len(state_in(tmp_path)["epochs"]))
+    assert done == [1, 3, 4], "not after epoch 2, which a growth follows"
+    state, folder = state_in(tmp_path), tmp_path / "headline"
+    assert len(state["epochs"]) == 5
+    (event,) = (event for epoch in state["epochs"] for event in epoch["events"])
+    assert event["status"] == "applied"
+    sizes = [epoch["params"] for epoch in state["epochs"]]
+    assert sizes[0] == sizes[1] < sizes[2] == sizes[4] == result["params"] <= 400
+    plain = keras.models.load_model(folder / "model.keras")
+    assert plain.count_params() == result["params"]
+    assert json.loads((folder / "result.json").read_text()) == result
+    assert sorted(path.name for path in folder.glob("*.keras")) == ["epoch-5.keras", "model.keras"]
+    assert (folder / "1" / "saved_model.pb").exists()
+    again = headline.Run(stopping).go_on()
+    assert again["test_accuracy"] == result["test_accuracy"]
+
+
+def test_a_run_that_is_killed_goes_on_after_what_was_written(tmp_path, monkeypatch):
+    write, writes = headline._Keeper._write, []
+
+    def killed(self, model):
+        writes.append(1)
+        if len(writes) == 2:
+            model.save(self._run.folder / "epoch-3.keras")  # written, but not yet said
+            raise KeyboardInterrupt
+        write(self, model)
+
+    monkeypatch.setattr(headline._Keeper, "_write", killed)
+    chosen = settings(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        headline.Run(chosen).go_on()
+    assert len(state_in(tmp_path)["epochs"]) == 1
+    result = headline.Run(chosen).go_on()
+    assert len(state_in(tmp_path)["epochs"]) == 5
+    assert 247 < result["params"] <= 400
+
+
+def test_other_settings_are_refused_and_other_places_are_not(tmp_path):
+    headline.Run(settings(tmp_path, "--hours=0")).go_on()
+    with pytest.raises(ValueError, match="other --max_params, --epochs"):
+        headline.Run(settings(tmp_path, "--max_params=500", "--epochs=6"))
+    assert headline.Run(settings(tmp_path, "--hours=3", "--threads=2")).done == 1
+
+
+def test_the_rate_falls_when_it_has_grown():
+    chosen = {"grow": 0.5, "epochs": 8, "learning_rate": 0.1}
+    rates = [headline.rate_at(epoch, chosen) for epoch in range(9)]
+    assert rates[:5] == [0.1] * 5
+    assert rates[6] == pytest.approx(0.05)
+    assert rates[8] == pytest.approx(0)
+    assert headline.growing_until({"grow": 1.0, "epochs": 8}) == 7
