@@ -131,11 +131,13 @@ def in_double(model: keras.Model) -> keras.Model:
 
 
 def changed_in_double(
-    model: keras.Model, name: str, sites: Sequence[str], images: np.ndarray
+    model: keras.Model, name: str, sites: Sequence[str], images: np.ndarray, before: np.ndarray
 ) -> float:
-    """What a kind of edit at theta = 0, alone, does to the outputs in double precision."""
+    """What a kind of edit at theta = 0, alone, does to the outputs in double precision.
+
+    `before` are those of the model itself.
+    """
     copy = tfgrow.convert(model)
-    before = outputs_of(in_double(copy), images)
     change_nothing(copy, name, sites)
     return difference(outputs_of(in_double(copy), images), before)
 
@@ -312,6 +314,7 @@ class Specimen:
 
     def _change_nothing(self, expected: np.ndarray) -> None:
         """Every kind of edit in turn, each on top of those before, at theta = 0."""
+        before = None
         with self._phase("theta 0"):
             copy = tfgrow.convert(self.model)
         for name in MORPHISMS:
@@ -322,8 +325,10 @@ class Specimen:
                     now = outputs_of(copy, self.few)
                     found["unchanged"], expected = difference(now, expected), now
                     if found["unchanged"] > self.same:
+                        if before is None:  # of large networks it takes a while
+                            before = outputs_of(in_double(self.model), self.few)
                         found["in double"] = changed_in_double(
-                            self.model, name, self.sites, self.few
+                            self.model, name, self.sites, self.few, before
                         )
 
     def _learn(self) -> None:

@@ -324,7 +324,9 @@ def test_rounding_is_told_from_error_in_double_precision(examined):
     double = specimen.in_double(model)
     assert {weight.dtype for weight in double.weights} == {"float64"}
     assert 0 < specimen.difference(np.asarray(double(images)), np.asarray(model(images))) < zoo.SAME
-    assert specimen.changed_in_double(model, "prune", ["inner"], images) < zoo.SAME_IN_DOUBLE
+    before = specimen.outputs_of(double, images)
+    found = specimen.changed_in_double(model, "prune", ["inner"], images, before)
+    assert found < zoo.SAME_IN_DOUBLE
 
     def after(**found):
         morphisms = {**examined["morphisms"], "prune": {"places": 1, **found}}
@@ -354,4 +356,6 @@ def test_an_error_shows_in_double_precision_too(monkeypatch):
     images, _ = specimen.images_for(tiny, model, 4, seed=0)
     monkeypatch.setattr(type(MORPHISMS["add"]), "scaled", lambda self, c, alpha: c.replace(
         theta={name: value + 1.0 for name, value in c.theta.items()}))  # fmt: skip
-    assert specimen.changed_in_double(model, "add", ["inner"], images) > zoo.SAME_IN_DOUBLE
+    before = specimen.outputs_of(specimen.in_double(model), images)
+    found = specimen.changed_in_double(model, "add", ["inner"], images, before)
+    assert found > zoo.SAME_IN_DOUBLE
