@@ -219,7 +219,9 @@ def test_a_stopped_run_leaves_nothing_and_says_no_more_than_a_line(tmp_path, num
     command = [sys.executable, "-m", "experiments.grow", "--epochs=200"]
     command.append(f"--output_dir={tmp_path}")
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as running:
+    # Tests that run in the background of a shell, and what they start, ignore Ctrl-C otherwise.
+    heeds = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    with subprocess.Popen(command, cwd=ROOT, text=True, **pipes, **heeds) as running:
         for line in running.stdout:
             if line.startswith("epoch"):
                 break
