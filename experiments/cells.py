@@ -165,7 +165,8 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _recipe(cell: Cell, epochs: int) -> Any:
+def recipe_of(cell: Seeded, epochs: int) -> Any:
+    """How a cell is trained for so many epochs."""
     from experiments import training
 
     names = ("batch_size", "learning_rate", "optimizer")
@@ -190,7 +191,7 @@ def _grow(cell: Cell, data: Any) -> tuple[Any, int]:
     trained = training.train_growing(
         _network(cell, data, cell.settings["widths"]),
         data,
-        _recipe(cell, epochs),
+        recipe_of(cell, epochs),
         growing,
         training.make_oracle(growing, cell.seed),
     )
@@ -208,9 +209,9 @@ def _from_scratch(cell: Cell, data: Any, grown: Mapping[str, Any]) -> tuple[Any,
             f"{grown['params']}: --model={cell.settings['model']} does not follow from its widths."
         )
     if cell.arm == "same_epochs":
-        return training.train(model, data, _recipe(cell, grown["epochs"])), grown["epochs"]
+        return training.train(model, data, recipe_of(cell, grown["epochs"])), grown["epochs"]
     clock = until_time_is_up(grown["seconds"], cell.settings["learning_rate"])
-    recipe = dataclasses.replace(_recipe(cell, training.ENDLESS), decay="constant")
+    recipe = dataclasses.replace(recipe_of(cell, training.ENDLESS), decay="constant")
     trained = training.train(model, data, recipe, [clock])
     return trained, len(trained.history["loss"])
 

@@ -23,6 +23,7 @@ from typing import Any
 
 from absl import app, flags
 
+from experiments._flags import are_whole
 from experiments._messages import in_words, quiet_logs
 from experiments.cells import in_fresh_process, load
 from experiments.contest import CLAIMS, FROM_SCRATCH, GROWN, TEMPLATE, Cell, run_cell
@@ -97,7 +98,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
 
         @flags.validator(name, "expected whole numbers >= 1 such as 4,4,8,8.", flag_values=values)
         def _whole(found):
-            return not found or all(text.strip().isdigit() and int(text) > 0 for text in found)
+            return not found or are_whole(found)
 
 
 def _only(name: str, known: tuple[str, ...], values: flags.FlagValues) -> None:

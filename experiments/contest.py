@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.cells import begin, until_time_is_up
+from experiments.cells import begin, recipe_of, until_time_is_up
 
 GROWN, FROM_SCRATCH, SAME_FLOPS, SAME_TIME = "grown", "from_scratch", "same_flops", "same_time"
 CLAIMS = (GROWN, FROM_SCRATCH, SAME_FLOPS, SAME_TIME)
@@ -147,7 +147,7 @@ def _grow(cell: Cell, data: Any, clock: Any) -> Any:
             cell.model, data, settings["widths"], cell.seed, settings["augment"]
         ),
         data,
-        _recipe(cell, settings["epochs"]),
+        recipe_of(cell, settings["epochs"]),
         growing,
         training.make_strategy(cell.method, growing, cell.seed),
         callbacks=[clock.callback()],
@@ -167,15 +167,15 @@ def _from_scratch(
             f"{grown['params']}: --models={cell.model} does not follow from its widths."
         )
     callbacks = [clock.callback(), training.sizes_in_logs(data, settings["batch_size"])]
-    recipe = _recipe(cell, settings["epochs"])
+    recipe = recipe_of(cell, settings["epochs"])
     if cell.claim == SAME_FLOPS:
         assert grown is not None
         per_epoch = BACKWARD * len(data.x_train) * grown["flops"]
-        recipe = _recipe(cell, max(1, round(grown["training_flops"] / per_epoch)))
+        recipe = recipe_of(cell, max(1, round(grown["training_flops"] / per_epoch)))
     elif cell.claim == SAME_TIME:
         assert grown is not None
         callbacks.append(until_time_is_up(grown["seconds"], settings["learning_rate"]))
-        recipe = dataclasses.replace(_recipe(cell, training.ENDLESS), decay="constant")
+        recipe = dataclasses.replace(recipe_of(cell, training.ENDLESS), decay="constant")
     return training.train(model, data, recipe, callbacks)
 
 
@@ -193,14 +193,6 @@ def _template(cell: Cell, data: Any) -> list[int]:
     wider = oracle.propose_plan(model, few).widths
     widths = training.open_widths(model)
     return [wider.get(name, (units, units))[1] for name, units in widths.items()]
-
-
-def _recipe(cell: Cell, epochs: int) -> Any:
-    from experiments import training
-
-    names = ("batch_size", "learning_rate", "optimizer")
-    chosen = {name: cell.settings[name] for name in names}
-    return training.Recipe(epochs=epochs, seed=cell.seed, **chosen)
 
 
 class Clock:

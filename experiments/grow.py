@@ -23,6 +23,7 @@ from typing import Any
 
 from absl import app, flags
 
+from experiments._flags import are_whole
 from experiments._messages import in_words, quiet_logs, stopped_cleanly
 
 # Before TensorFlow is imported, which happens once the flags have been found to make sense.
@@ -185,7 +186,7 @@ flags.DEFINE_bool("overwrite", False, "Replace a run of the same name.")
 
 @flags.validator("widths", message="expected whole numbers >= 1 such as --widths=4,4,8,8.")
 def _widths_are_whole(widths: list[str] | None) -> bool:
-    return widths is None or all(text.strip().isdigit() and int(text) > 0 for text in widths)
+    return widths is None or are_whole(widths)
 
 
 @flags.multi_flags_validator(

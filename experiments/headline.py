@@ -22,6 +22,7 @@ from typing import Any
 
 from absl import app, flags
 
+from experiments._flags import are_whole
 from experiments._messages import in_words, quiet_logs, stopped_cleanly
 
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
@@ -81,7 +82,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
 
     @flags.validator("widths", "expected whole numbers >= 1 such as 4,4,8,8.", flag_values=values)
     def _whole(found):
-        return not found or all(text.strip().isdigit() and int(text) > 0 for text in found)
+        return not found or are_whole(found)
 
 
 def settings_of(options: Any) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from typing import Any
 import keras
 import numpy as np
 
+from experiments._flags import are_whole
+
 SMALLEST_TO_POOL = 6
 """Maps smaller than this are not halved any more, so that small images keep 3x3 positions."""
 
@@ -78,7 +80,7 @@ def parse_widths(texts: Sequence[str]) -> list[int]:
     Raises:
       ValueError: one of them is no whole number of at least 1.
     """
-    if not all(text.strip().isdigit() and int(text) > 0 for text in texts):
+    if not are_whole(texts):
         raise ValueError(f"--widths takes whole numbers >= 1 such as 4,4,8,8. Found: {texts}")
     return [int(text) for text in texts]
 

@@ -22,6 +22,7 @@ from typing import Any
 
 from absl import app, flags
 
+from experiments._flags import are_whole
 from experiments._messages import in_words, quiet_logs
 from experiments.cells import ARMS, Cell, in_fresh_process, load, run_cell
 
@@ -63,7 +64,7 @@ flags.DEFINE_string("results_dir", "experiments/results/pays", "Where the cells 
 
 @flags.validator("widths", message="expected whole numbers >= 1 such as --widths=4,4,8,8.")
 def _widths_are_whole(widths: list[str] | None) -> bool:
-    return widths is None or all(text.strip().isdigit() and int(text) > 0 for text in widths)
+    return widths is None or are_whole(widths)
 
 
 def show(results: Mapping[tuple[str, int], Mapping[str, Any]], seeds: Sequence[int]) -> None:

@@ -24,6 +24,7 @@ from typing import Any
 
 from absl import app, flags
 
+from experiments._flags import are_whole
 from experiments._messages import in_words, quiet_logs
 from experiments.cells import Cell, begin, finish, in_fresh_process, load
 
@@ -217,7 +218,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
 
         @flags.validator(name, "expected whole numbers >= 1 such as 4,4,8,8.", flag_values=values)
         def _widths(found):
-            return bool(found) and all(text.strip().isdigit() and int(text) > 0 for text in found)
+            return bool(found) and are_whole(found)
 
 
 def settings_of(options: Any) -> dict[str, Any]:

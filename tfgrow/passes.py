@@ -151,9 +151,9 @@ class Passes:
 
     def _together(self, batch, seed, groups, thetas) -> tuple[Capture, list[Perturbed], Any]:
         """The batch, what candidates do, and that against gradient and columns, `[1 + K, N, C]`."""
-        captured = self.capture(batch, seed, _taps(groups))
+        captured = self.capture(batch, seed, taps_of(groups))
         perturbed = perturb_all(captured, groups, thetas, fresh=False)
-        covectors = _covectors(captured, groups, thetas, perturbed)
+        covectors = covectors_of(captured, groups, thetas, perturbed)
         return captured, perturbed, tf.concat(_scalars(groups, covectors, perturbed), axis=2)
 
     def joint(self, batch, groups: Sequence[Group], thetas: Sequence[Arrays]) -> Any:
@@ -188,7 +188,7 @@ class Passes:
           `(adam, sums of this batch, decayed sums, moments, objective)`, the objective being the
           loss where nothing moves.
         """
-        captured = self.capture(batch, seed, _taps(groups))
+        captured = self.capture(batch, seed, taps_of(groups))
         solved = [
             _solved(group, old) if group.morphism.perturbs_by_solved else {}
             for group, old in zip(groups, sums, strict=True)
@@ -209,7 +209,7 @@ class Passes:
             whole = [
                 thetas[row] | (solved[row] or _solved(groups[row], kept[row])) for row in learning
             ]
-            covectors = _covectors(captured, mine, whole, effects)
+            covectors = covectors_of(captured, mine, whole, effects)
             total, slopes = objective(mine, covectors, effects)
             values = [effect.values for effect in effects]
             gradient = tape.gradient(values, vector, output_gradients=slopes)
@@ -302,11 +302,13 @@ def _draw(weights, samples, seed):
     return tf.minimum(which, weights.shape[0] - 1)
 
 
-def _taps(groups: Sequence[Group]) -> list:
+def taps_of(groups: Sequence[Group]) -> list:
+    """Where gradient and columns are needed for some groups."""
     return [tap for group in groups for tap in group.morphism.taps(group.site)]
 
 
-def _covectors(captured, groups, thetas, perturbed) -> list[dict[int, Any]]:
+def covectors_of(captured, groups, thetas, perturbed) -> list[dict[int, Any]]:
+    """Gradient and columns at what each of some groups changes, see `Morphism.covectors`."""
     return [
         group.morphism.covectors(captured, group, theta, effect)
         for group, theta, effect in zip(groups, thetas, perturbed, strict=True)

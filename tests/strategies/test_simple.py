@@ -8,7 +8,9 @@ from keras import layers
 import tfgrow
 from tests.cases import by_name, class_data, inputs_of, regression_data
 from tests.morphisms.effects import applied, outputs
+from tfgrow.capture.batches import batches_of
 from tfgrow.morphisms.registry import get
+from tfgrow.oracle.data import GrowthData
 from tfgrow.strategies import Net2Net, RandomUnits, Uniform
 from tfgrow.strategies import get as strategy
 
@@ -227,6 +229,26 @@ def test_a_strategy_of_ones_own():
     plan = strategy("first").propose_plan(model, class_data(model, 16))
     assert plan.widths == {"hidden0": (4, 5)}
     assert get(plan.candidates[0].morphism).name == "add"
+
+
+@pytest.mark.parametrize("case", ["conv_bn_relu", "residual_stream", "depthwise"])
+@pytest.mark.parametrize(
+    ("name", "settings"), [("splitting", {"step": 0.1}), ("firefly", {"new_units": 2, "steps": 8})]
+)
+def test_strategies_that_estimate_keep_their_budget_and_lower_the_loss(name, settings, case):
+    model = by_name(case).model()
+    model.compile("sgd", "mse")
+    data = regression_data(model, 64)
+    (batch,) = batches_of(data, len(data[0]))
+    most = int(1.4 * model.count_params())
+    oracle = strategy(name, max_params=most, growth_per_step=None, seed=1, **settings)
+    plan = oracle.propose_plan(model, GrowthData([batch], [batch], [batch]))
+    assert plan.candidates
+    grown = applied(model, plan.candidates)
+    assert model.count_params() < grown.count_params() <= most
+    assert grown.count_params() - model.count_params() == plan.cost.params
+    assert plan.estimated_change < 0
+    assert tfgrow.measure_change(model, plan.candidates, data) < 0
 
 
 @pytest.mark.parametrize("name", ["splitting", "firefly"])

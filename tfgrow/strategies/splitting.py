@@ -14,7 +14,7 @@ from tfgrow.capture.batches import forever
 from tfgrow.estimator import GaussNewtonEstimator
 from tfgrow.morphisms.base import Candidate, perturb_all
 from tfgrow.morphisms.registry import candidates as make_candidates
-from tfgrow.passes import objective
+from tfgrow.passes import covectors_of, objective, taps_of
 from tfgrow.strategies.base import Room
 from tfgrow.strategies.ranked import Ranked
 from tfgrow.strategies.stacked import Rows, samples_of, with_theta
@@ -160,16 +160,12 @@ class Splits(GaussNewtonEstimator):
 
     def _products(self, batch, directions) -> list:
         """Sums over a batch of S times the directions: gradients of the first-order changes."""
-        taps = [tap for group in self._groups for tap in group.morphism.taps(group.site)]
-        captured = self._passes.capture(batch, None, taps)
+        captured = self._passes.capture(batch, None, taps_of(self._groups))
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(directions)
             thetas = [rows.unpack(v) for rows, v in zip(self._rows, directions, strict=True)]
             perturbed = perturb_all(captured, self._groups, thetas, fresh=False)
-        covectors = [
-            group.morphism.covectors(captured, group, theta, effect)
-            for group, theta, effect in zip(self._groups, thetas, perturbed, strict=True)
-        ]
+        covectors = covectors_of(captured, self._groups, thetas, perturbed)
         _, slopes = objective(self._groups, covectors, perturbed)
         values = [effect.values for effect in perturbed]
         return tape.gradient(values, directions, output_gradients=slopes)
