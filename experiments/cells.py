@@ -6,6 +6,7 @@ What a cell of any experiment starts and ends with is `begin` and `finish`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import multiprocessing
@@ -148,9 +149,19 @@ def finish(cell: Cell, trained: Any, epochs: int) -> dict[str, Any]:
 
 def in_fresh_process(work: Callable[..., Any], *arguments: Any) -> Any:
     """What `work` returns in a new process: nothing of one cell is left in memory for the next."""
-    context = multiprocessing.get_context("spawn")
+    context = _fresh_context()
     with ProcessPoolExecutor(1, mp_context=context, initializer=_end_with_parent) as pool:
         return pool.submit(work, *arguments).result()
+
+
+@functools.cache
+def _fresh_context() -> Any:
+    """New processes come of one that has imported what takes seconds, where the system has such."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tfgrow"])
+    return context
 
 
 def _end_with_parent() -> None:

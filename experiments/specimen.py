@@ -20,6 +20,7 @@ import numpy as np
 import tensorflow as tf
 
 import tfgrow
+from tfgrow.measure import real_loss
 from tfgrow.morphisms.registry import MORPHISMS, get
 
 CLASSES = 10
@@ -350,6 +351,8 @@ class Specimen:
         self.interaction = estimator.interaction(self.learned, self.batches)
         self.result["loss"] = self._loss()
         before = outputs_of(self.model, self.few)
+        with self._phase("truth"):
+            loss = real_loss(self.model, self.data)
         for name, found in self.result["morphisms"].items():
             mine = [row for row, c in enumerate(self.learned) if c.morphism == name]
             # What can't be made small is judged where it changes least of the network.
@@ -358,7 +361,9 @@ class Specimen:
                 with self._phase("truth"):
                     chosen = [self.learned[row] for row in mine]
                     # In place, on one batch: to copy or trace a large network takes much longer.
-                    true = tfgrow.measure_change(self.model, chosen, self.data, in_place=True)
+                    true = tfgrow.measure_change(
+                        self.model, chosen, self.data, in_place=True, loss_before=loss
+                    )
                     estimated = self.interaction.change(mine)
                     found |= against(estimated, true, self.result["loss"])
         with self._phase("truth"):

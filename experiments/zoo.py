@@ -81,6 +81,8 @@ def run_cell(cell: Cell) -> dict[str, Any]:
     if cell.threads is not None:
         tf.config.threading.set_intra_op_parallelism_threads(cell.threads)
         tf.config.threading.set_inter_op_parallelism_threads(cell.threads)
+    # What is traced runs a few times only: to optimise it takes longer than that saves.
+    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
     # Networks are traced anew on purpose; TensorFlow takes that for a mistake.
     tf.get_logger().setLevel("ERROR")
     keras.utils.set_random_seed(cell.settings["seed"])

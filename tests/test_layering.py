@@ -12,6 +12,7 @@ PUBLIC_MODULES = {
     "tfgrow",
     "tfgrow.callbacks",
     "tfgrow.layers",
+    "tfgrow.measure",
     "tfgrow.morphisms.registry",
     "tfgrow.schedules",
     "tfgrow.types",

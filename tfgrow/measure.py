@@ -66,6 +66,7 @@ def measure_change(
     loss=None,
     loss_weights=None,
     in_place: bool = False,
+    loss_before: float | None = None,
 ) -> float:
     """The true change of the mean loss when candidates are really applied, to a copy.
 
@@ -77,6 +78,8 @@ def measure_change(
       loss_weights: of the outputs' losses, to go with `loss`.
       in_place: whether the model itself is expanded and put back, which of large models takes a
         fraction of the time that a copy takes. Nothing else may use the model meanwhile.
+      loss_before: what `real_loss` says of the model on this dataset, where many sets of candidates
+        are measured; None measures it.
 
     Returns:
       Loss of the expanded copy minus loss of the model, on the same samples; negative is better.
@@ -100,7 +103,9 @@ def measure_change(
     chosen = checked(model, candidates)
     if loss is None and loss_weights is None:
         loss, loss_weights = compiled_loss(model)
-    before = real_loss(model, dataset, loss, loss_weights)
+    before = loss_before
+    if before is None:
+        before = real_loss(model, dataset, loss, loss_weights)
     check_loss(before)
     if in_place:
         edits = [get(candidate.morphism).edit(candidate) for candidate in chosen]

@@ -8,6 +8,7 @@ to a variable while somebody else holds the old value. So taking a snapshot copi
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,8 +17,6 @@ import keras
 from tfgrow.graph import versions
 from tfgrow.surgery import optimizer, rebuild
 from tfgrow.types import LayerChange
-
-_CONTAINERS = (dict, list, set)
 
 
 class Transaction:
@@ -60,22 +59,23 @@ class Transaction:
         stack: list[Any] = [model]
         while stack:
             item = stack.pop()
-            if id(item) in seen:
+            kind = _kind(item.__class__)  # not type(): that of a proxy is not what it stands for
+            if kind is None or id(item) in seen:
                 continue
             seen.add(id(item))
-            if isinstance(item, rebuild.STATEFUL):
+            if kind is tuple:
+                stack.extend(item)
+            elif kind is object:
                 self._attributes.append((item, dict(vars(item))))
                 if isinstance(item, keras.Variable):
                     self._values.append((item.value, item.value.read_value()))
                 stack.extend(vars(item).values())
-            elif isinstance(item, _CONTAINERS):
+            else:
                 self._contents.append((item, _contents(item)))
-                stack.extend(item.values() if isinstance(item, dict) else item)
+                stack.extend(item.values() if kind is dict else item)
                 if rebuild.is_wrapped_list(item):
                     self._attributes.append((item, dict(vars(item))))
                     stack.extend(vars(item).values())
-            elif isinstance(item, tuple):
-                stack.extend(item)
 
     def _restore(self) -> None:
         for item, attributes in self._attributes:
@@ -164,6 +164,17 @@ def edit(model: keras.Model, changes: Sequence[LayerChange]) -> None:
     optimizer.check_optimizer(model)
     with transaction(model):
         optimizer.grow_optimizer(model, rebuild.apply_changes(model, changes))
+
+
+@functools.cache
+def _kind(cls: type) -> type | None:
+    """What a snapshot makes of a class: `object` is one with state; None is left alone.
+
+    Asked of all that a model holds, hundreds of thousands of objects of a few dozen classes.
+    """
+    if issubclass(cls, rebuild.STATEFUL):
+        return object
+    return next((kind for kind in (dict, list, set, tuple) if issubclass(cls, kind)), None)
 
 
 def _contents(container: Any) -> Any:
