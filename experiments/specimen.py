@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import inspect
 import re
 import resource
@@ -268,6 +269,7 @@ class Specimen:
             self._count_sites()
         if self.sites:
             self._change_nothing(expected)
+            gc.collect()  # what was changed there was a copy, and graphs are cycles
             with self._phase("learn"):
                 self._learn()
             with self._phase("score"):

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import gc
 import os
 import re
 from collections import Counter
@@ -85,6 +86,9 @@ def run_cell(cell: Cell) -> dict[str, Any]:
     tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
     # Networks are traced anew on purpose; TensorFlow takes that for a mistake.
     tf.get_logger().setLevel("ERROR")
+    # Looking for cycles among the millions of objects of a graph takes a tenth of the time.
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 100)
     keras.utils.set_random_seed(cell.settings["seed"])
     build = specimen.architectures()[cell.model]
     examined = specimen.Specimen(build, cell.settings, SAME).examine()
