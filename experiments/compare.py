@@ -8,16 +8,19 @@ Two claims, kept apart. *Better architectures*: the widths that a method found, 
 network as it was grown (`grown`), beside its final shape trained from scratch for as many epochs
 (`from_scratch`), FLOPs (`same_flops`) or seconds (`same_time`); the latter two for --references.
 
-Every cell runs in a process of its own with --threads threads, and writes one JSON file under
---results_dir when it has ended; a cell whose file exists is not run again, so that a sweep that was
-ended goes on where it was. All finished cells make up `compare.csv`, `curves.csv` and --docs.
+Every cell runs in a process of its own with --threads threads, --jobs of them side by side, and
+writes one JSON file under --results_dir when it has ended; a cell whose file exists is not run
+again, so that a sweep that was ended goes on where it was. All finished cells make up
+`compare.csv`, `curves.csv` and --docs.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +44,8 @@ METHODS = (
 
 COMMON = (
     "data_dir", "max_train", "widths", "augment", "epochs", "every", "settle", "rounds",
-    "growth_per_step", "morphisms", "new_units", "curvature", "batch_size", "learning_rate",
-    "optimizer", "threads", "results_dir",
+    "growth_per_step", "ema_momentum", "morphisms", "new_units", "curvature", "batch_size",
+    "learning_rate", "optimizer", "threads", "results_dir",
 )  # fmt: skip
 
 
@@ -79,6 +82,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
         ("new_units", 4, "New units tried per layer and event, of gauss_newton.", 1),
         ("batch_size", 128, "Images per training step.", 1),
         ("threads", 2, "Threads of TensorFlow within an operation.", 1),
+        ("jobs", 1, "Trainings side by side; with more, clocks tell less.", 1),
     ):
         flags.DEFINE_integer(name, number, text, least, flag_values=values)
     for name, share, text in (
@@ -87,6 +91,10 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
         ("growth_per_step", 0.5, "Most parameters an event adds, relative to those before."),
     ):
         flags.DEFINE_float(name, share, text, 0.0, flag_values=values)
+    flags.DEFINE_float(
+        "ema_momentum", 0.99, "Of the average of the weights at which networks grow; 0 for none.",
+        0.0, 1.0, flag_values=values,
+    )  # fmt: skip
     flags.DEFINE_enum(
         "curvature", "sampled", ("auto", "exact", "sampled", "empirical"),
         "Curvature of gauss_newton's estimates.", flag_values=values,
@@ -107,13 +115,18 @@ def _only(name: str, known: tuple[str, ...], values: flags.FlagValues) -> None:
         return bool(found) and set(found) <= set(known)
 
 
+def common_settings(options: Any) -> dict[str, Any]:
+    """The flags that all cells share, widths as numbers."""
+    common = {name: getattr(options, name) for name in COMMON}
+    return common | {"widths": common["widths"] and [int(text) for text in common["widths"]]}
+
+
 def cells_of(options: Any) -> Iterator[Cell]:
     """All cells, seed by seed, so that what has been done when it is ended is comparable.
 
     The cell of a method that grows comes before those that need what it found.
     """
-    common = {name: getattr(options, name) for name in COMMON}
-    common["widths"] = common["widths"] and [int(text) for text in common["widths"]]
+    common = common_settings(options)
     for seed in range(options.seeds):
         for dataset in options.datasets:
             for model in options.models:
@@ -132,28 +145,41 @@ def _claims(method: str, options: Any) -> list[str]:
     return [claim for claim in CLAIMS if claim in wanted]
 
 
-def sweep(cells: list[Cell]) -> None:
-    """Runs the cells that are missing, one after the other, saying how far it is."""
+def sweep(cells: Sequence[Cell], jobs: int = 1) -> None:
+    """Runs the cells that are missing, `jobs` side by side, saying how far it is.
+
+    Those that need what another one finds come after it.
+    """
     from experiments.progress import Progress
 
-    known: dict[Path, Mapping[str, Any]] = {}
     missing = [cell for cell in cells if load(cell) is None]
     print(f"{len(cells)} cells, {len(missing)} of them to run", flush=True)
-    progress = Progress("cells")
-    for number, cell in enumerate(missing):
-        grown = None
-        if cell.claim != GROWN and cell.method != TEMPLATE:
-            grown = _grown_of(cell, known)
+    chains: dict[Path, list[Cell]] = {}
+    for cell in missing:
+        chains.setdefault(_grown_before(cell).path, []).append(cell)
+    progress, done = Progress("cells"), itertools.count(1)
+    with ThreadPoolExecutor(jobs) as pool:
+        running = [
+            pool.submit(_run, chain, lambda: progress(next(done), len(missing)))
+            for chain in chains.values()
+        ]
+        try:
+            for chain in as_completed(running):
+                chain.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _run(chain: Sequence[Cell], progress: Callable[[], None]) -> None:
+    for cell in chain:
+        needed = cell.claim != GROWN and cell.method != TEMPLATE
         print(f"{cell.path}", flush=True)
-        known[cell.path] = in_fresh_process(run_cell, cell, grown)
-        progress(number + 1, len(missing))
+        in_fresh_process(run_cell, cell, load(_grown_before(cell)) if needed else None)
+        progress()
 
 
-def _grown_of(cell: Cell, known: Mapping[Path, Mapping[str, Any]]) -> Mapping[str, Any]:
-    grown = dataclasses.replace(cell, claim=GROWN)
-    found = known.get(grown.path) or load(grown)
-    assert found is not None  # it comes before
-    return found
+def _grown_before(cell: Cell) -> Cell:
+    return dataclasses.replace(cell, claim=GROWN)
 
 
 def main(arguments: list[str]) -> None:
@@ -163,7 +189,7 @@ def main(arguments: list[str]) -> None:
     quiet_logs()
     options = flags.FLAGS
     with in_words("experiments.compare"):
-        sweep(list(cells_of(options)))
+        sweep(list(cells_of(options)), options.jobs)
         from experiments import standings
 
         results = standings.collect(options.results_dir)

@@ -28,7 +28,10 @@ BACKWARD = 3
 """A training step costs three forward passes: one forward, about two backward."""
 
 OWN_SETTINGS = {"gauss_newton": ("morphisms", "new_units", "curvature")}
-"""Flags that only some methods take, beside the budget and `growth_per_step`."""
+"""Flags that only some strategies take, beside the budget and `growth_per_step`."""
+
+CHANGES = ("learn_steps", "score_batches", "joint", "cross_fitted")
+"""What else a variant of gauss_newton may differ in; see `experiments.ablated`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +41,8 @@ class Cell:
     Attributes:
       dataset, model: names, see `experiments.datasets` and `experiments.models`.
       budget: most parameters.
-      method: a name of `tfgrow.strategies`, or `"template"`.
+      method: a name of `tfgrow.strategies`, or `"template"`, or any name if `common` says by
+        `strategy` what it stands for.
       claim: one of `CLAIMS`.
       seed: of the network, the split of the data and everything else random.
       common: the flags that all cells share.
@@ -58,6 +62,11 @@ class Cell:
         return {**self.common, "dataset": self.dataset, "model": self.model}
 
     @property
+    def strategy(self) -> str:
+        """The name of the method among `tfgrow.strategies`."""
+        return str(self.common.get("strategy", self.method))
+
+    @property
     def path(self) -> Path:
         """The cell's file."""
         folder = f"{self.dataset.replace('/', '-')}-{self.model}-{self.budget}"
@@ -69,7 +78,7 @@ class Cell:
         """The settings that a finished cell must agree with to count."""
         places = ("data_dir", "results_dir", "threads")
         own = {name for names in OWN_SETTINGS.values() for name in names}
-        own -= set(OWN_SETTINGS.get(self.method, ()))
+        own -= set(OWN_SETTINGS.get(self.strategy, ()))
         left_out = {*places, *own}
         return {name: value for name, value in self.common.items() if name not in left_out}
 
@@ -138,10 +147,20 @@ def _grow(cell: Cell, data: Any, clock: Any) -> Any:
 
     settings = cell.settings
     shared = {"max_params": cell.budget, "growth_per_step": settings["growth_per_step"]}
-    own = {name: settings[name] for name in OWN_SETTINGS.get(cell.method, ())}
+    own = {name: settings[name] for name in OWN_SETTINGS.get(cell.strategy, ())}
+    changes = {name: settings[name] for name in CHANGES if name in settings}
     growing = training.Growing(
-        "every", settings["every"], settings["settle"], {**shared, **own}, rounds=settings["rounds"]
+        "every",
+        settings["every"],
+        settings["settle"],
+        {**shared, **own, **changes},
+        rounds=settings["rounds"],
+        ema_momentum=settings["ema_momentum"],
+        guard=settings.get("guard", True),
     )
+    make = training.make_strategy
+    if changes:
+        from experiments.ablated import make
     return training.train_growing(
         training.seed_network(
             cell.model, data, settings["widths"], cell.seed, settings["augment"]
@@ -149,7 +168,7 @@ def _grow(cell: Cell, data: Any, clock: Any) -> Any:
         data,
         recipe_of(cell, settings["epochs"]),
         growing,
-        training.make_strategy(cell.method, growing, cell.seed),
+        make(cell.strategy, growing, cell.seed),
         callbacks=[clock.callback()],
     )  # fmt: skip
 

@@ -68,8 +68,17 @@ def collect(folder: str | Path) -> Results:
     return Results(cells, curves)
 
 
-def write(results: Results, folder: Path, docs: str | None) -> list[Path]:
-    """Writes the CSV files, and the page with its pictures if it has a place."""
+def write(
+    results: Results, folder: Path, docs: str | None, introduction: str | None = None
+) -> list[Path]:
+    """Writes the CSV files, and the page if it has a place.
+
+    Args:
+      results: all finished cells.
+      folder: where the CSV files go.
+      docs: the page to write; nothing for none.
+      introduction: what the page begins with, instead of that of the comparison and its pictures.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     written = [folder / "compare.csv", folder / "curves.csv"]
     _write_csv(written[0], (*CELL, *FIGURES), results.cells)
@@ -77,8 +86,9 @@ def write(results: Results, folder: Path, docs: str | None) -> list[Path]:
     if docs and results.cells:
         page = Path(docs)
         page.parent.mkdir(parents=True, exist_ok=True)
-        written += draw(results, page.parent / "images")
-        page.write_text(page_of(read(folder)))
+        if introduction is None:
+            written += draw(results, page.parent / "images")
+        page.write_text(page_of(read(folder), introduction))
         written.append(page)
     return written
 
@@ -226,12 +236,13 @@ def _curve(curves: Sequence[Row], cell: Row) -> list[Row]:
     return [row for row in curves if all(row[name] == cell[name] for name in CELL)]
 
 
-def page_of(results: Results) -> str:
-    """The page for the docs."""
-    parts = [INTRODUCTION]
+def page_of(results: Results, introduction: str | None = None) -> str:
+    """The page for the docs; that of the comparison has pictures."""
+    parts = [introduction or INTRODUCTION]
     for title, columns, rows in sections(results):
         parts.append(f"## {title}\n\n{tables.markdown(columns, rows)}\n")
-    parts += [f"![{text}](images/{name})\n" for name, text in PICTURES.items()]
+    if introduction is None:
+        parts += [f"![{text}](images/{name})\n" for name, text in PICTURES.items()]
     return "\n".join(parts)
 
 

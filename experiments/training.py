@@ -65,6 +65,8 @@ class Growing:
       oracle: arguments of the oracle: budget, morphisms, choice of sites...
       first: with `"every"`, the first epoch after which it may grow; `every` by default.
       rounds: events at a time, at most.
+      ema_momentum: of the average of the weights at which it grows; 0 is the weights as they are.
+      guard: see `tfgrow.callbacks.Growth`.
     """
 
     schedule: str
@@ -73,6 +75,8 @@ class Growing:
     oracle: Mapping[str, Any]
     first: int | None = None
     rounds: int = 1
+    ema_momentum: float = 0.0
+    guard: bool = True
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -206,6 +210,8 @@ def train_growing(
         journal=None if journal is None else os.fspath(journal),
         verbose=2 if verbose else 0,
         rounds=growing.rounds,
+        ema_momentum=growing.ema_momentum or None,
+        guard=growing.guard,
     )
     return train(model, data, recipe, [growth, *callbacks], verbose)
 

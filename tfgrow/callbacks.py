@@ -20,6 +20,7 @@ import numpy as np
 
 from tfgrow import schedules, strategies
 from tfgrow._checks import require_whole
+from tfgrow.averaging import WeightAverage, refresh_statistics
 from tfgrow.graph.sites import find_sites
 from tfgrow.growth import describe, newborn_of, size_of, widths_changed, widths_of
 from tfgrow.journal import Journal
@@ -32,7 +33,14 @@ from tfgrow.surgery.optimizer import check_optimizer
 from tfgrow.surgery.transaction import growth_transaction
 from tfgrow.types import GrowthEvent, Plan
 
-_NO_MODEL = {"_due": False, "_epochs_done": 0, "_trained": None, "_peers": (), "_newborn": ()}
+_NO_MODEL = {
+    "_due": False,
+    "_epochs_done": 0,
+    "_trained": None,
+    "_peers": (),
+    "_newborn": (),
+    "_average": None,
+}
 """What `Growth` knows of a model when it has none."""
 
 DOUBTFUL = 0.25
@@ -81,6 +89,11 @@ class Growth(keras.callbacks.Callback):
       rounds: how many events may follow each other when it grows, until one brings nothing. New
         units of one layer repeat each other, so that an event often gives it one; the next event
         learns on the network that has it.
+      ema_momentum: the model grows at the running average of its weights over about
+        `1 / (1 - ema_momentum)` steps, if that has the lower loss on held-out batches, and trains
+        on from there; BatchNormalization's statistics are taken anew for it. Weights as they swing
+        at a high learning rate make every new unit look many times too good. None grows at the
+        weights as they are.
 
     Attributes:
       events: list of `GrowthEvent`, in order.
@@ -111,6 +124,7 @@ class Growth(keras.callbacks.Callback):
         journal: str | None = None,
         verbose: int | str = "auto",
         rounds: int = 1,
+        ema_momentum: float | None = 0.99,
     ) -> None:
         super().__init__()
         if every is not None and when is not None:
@@ -120,9 +134,14 @@ class Growth(keras.callbacks.Callback):
         if verbose not in ("auto", 0, 1, 2):
             raise ValueError(f"verbose must be 'auto', 0, 1 or 2. Found: {verbose!r}")
         require_whole("rounds", rounds, optional=False)
+        if ema_momentum is not None and not _is_share(ema_momentum):
+            raise ValueError(
+                f"ema_momentum must be at least 0 and under 1, or None. Found: {ema_momentum!r}"
+            )
         self.oracle = strategies.get(oracle)
         self.data = data
         self.rounds = rounds
+        self.ema_momentum = ema_momentum
         self.schedule = schedules.get((2 if every is None else every) if when is None else when)
         self.guard = guard
         self.tolerance = tolerance
@@ -137,6 +156,8 @@ class Growth(keras.callbacks.Callback):
         self._trained: weakref.ref | None  # the model that what is due belongs to
         self._peers: Sequence[keras.callbacks.Callback]
         self._newborn: Sequence[tuple[int, list]]  # events, and batches to see their units on
+        self._average: WeightAverage | None
+        self._last_batch = -1
         self.__dict__.update(_NO_MODEL)
 
     @property
@@ -174,6 +195,7 @@ class Growth(keras.callbacks.Callback):
             self._trained = weakref.ref(self.model)
         self.schedule.reset()
         self._finished, self._newborn = False, ()
+        self._average = None  # whoever called `fit` may have changed the weights since
         self._reported = len(self.journal)
         self._step_forward()
         if any(isinstance(peer, keras.callbacks.BackupAndRestore) for peer in self._peers):
@@ -197,6 +219,18 @@ class Growth(keras.callbacks.Callback):
                 if self._finished or self.events[-1].status != "applied":
                     break
 
+    def on_epoch_begin(self, epoch, logs=None):
+        self._last_batch = -1
+
+    def on_train_batch_end(self, batch, logs=None):
+        if self.ema_momentum is None or self._finished:
+            return
+        if self._average is None:
+            self._average = WeightAverage(self.ema_momentum)
+        # One call per execution, of which `batch` is the last step.
+        self._average.update(self.model, max(1, batch - self._last_batch))
+        self._last_batch = batch
+
     def on_train_end(self, logs=None):
         del logs
         self._peers = ()
@@ -218,17 +252,21 @@ class Growth(keras.callbacks.Callback):
     # ---- one event --------------------------------------------------------------------------
 
     def _grow(self) -> None:
-        with growth_transaction(self.model), self.oracle.all_or_nothing():
+        with growth_transaction(self.model) as attempt, self.oracle.all_or_nothing():
             before, widths = size_of(self.model), widths_of(self.model)
             data = self.oracle.split(self.data)
+            averaged, loss = self._go_to_average(data)
             trial, plan = self.oracle.propose(
                 self.model, data, epoch=self._epochs_done, progress=self._progress()
             )
             outcome, seconds = None, {}
             if plan.candidates:
-                outcome, seconds = self._commit(plan, data)
+                outcome, seconds = self._commit(plan, data, loss)
                 carry_over(self._peers, self.model, outcome.changes)
-            event = self.oracle.record(trial, self._event(before, widths, plan, outcome, seconds))
+            if averaged and not (outcome and outcome.alpha):
+                attempt.rollback()
+            event = self._event(before, widths, plan, outcome, seconds, averaged)
+            event = self.oracle.record(trial, event)
             self.journal.append(event)
         self._finished = trial.status == "STOPPED"
         if event.newborn:
@@ -236,11 +274,27 @@ class Growth(keras.callbacks.Callback):
         self._say(event)
         gc.collect()  # traced functions are cycles that hold on to replaced variables
 
+    def _go_to_average(self, data) -> tuple[bool, float | None]:
+        """Gives the model its averaged weights if their held-out loss is lower; and that loss."""
+        if self._average is None:
+            return False, None
+        before = real_loss(self.model, data.held_out)
+        with growth_transaction(self.model) as attempt:
+            if self._average.assign(self.model):
+                refresh_statistics(self.model, data.learn)
+                after = real_loss(self.model, data.held_out)
+                if after < before:
+                    return True, after
+                attempt.rollback()
+        return False, before
+
     @property
     def _guards(self) -> bool:
         return self.guard and self.oracle.guarded
 
-    def _commit(self, plan: Plan, data) -> tuple[Outcome, dict[str, float]]:
+    def _commit(
+        self, plan: Plan, data, loss_before: float | None
+    ) -> tuple[Outcome, dict[str, float]]:
         """Applies the plan as the guard allows; also returns the seconds that it took."""
         clock = time.perf_counter()
         model = self.model
@@ -253,10 +307,13 @@ class Growth(keras.callbacks.Callback):
             alphas,
             estimate_of=lambda scaled: self.oracle.estimate(model, scaled, data.score),
             fits=lambda scaled: self.oracle.fits(model, scaled),
+            loss_before=loss_before,
         )
         return outcome, {"commit": time.perf_counter() - clock}
 
-    def _event(self, before, widths, plan: Plan, outcome: Outcome | None, seconds) -> GrowthEvent:
+    def _event(
+        self, before, widths, plan: Plan, outcome: Outcome | None, seconds, averaged: bool
+    ) -> GrowthEvent:
         applied = outcome is not None and outcome.alpha > 0
         after = size_of(self.model)
         reason = plan.reason if applied or outcome is None else self._why_rejected(outcome)
@@ -276,6 +333,7 @@ class Growth(keras.callbacks.Callback):
             newborn=newborn_of(outcome.candidates) if outcome else {},
             status="applied" if applied else "rejected" if outcome else "nothing",
             reason=reason,
+            averaged=averaged and applied,
         )
 
     def _why_rejected(self, outcome: Outcome) -> str:
@@ -402,6 +460,10 @@ def _doubtful(event: GrowthEvent) -> bool:
         return False
     promised = -event.estimated_change > RELEVANT * abs(event.loss_before)
     return promised and event.realized < DOUBTFUL
+
+
+def _is_share(number: Any) -> bool:
+    return isinstance(number, (int, float)) and 0 <= number < 1
 
 
 def _arrow(widths: tuple[int, int] | None) -> str:

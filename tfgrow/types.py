@@ -387,6 +387,7 @@ class GrowthEvent:
       status: `"applied"`, `"rejected"` (by the guard) or `"nothing"` (no candidate paid).
       reason: in words, why it was rejected or nothing was chosen.
       trial_id: the oracle's trial that holds the event, if any.
+      averaged: whether the model grew at the running average of its weights.
     """
 
     epoch: int
@@ -406,6 +407,7 @@ class GrowthEvent:
     status: str = "applied"
     reason: str = ""
     trial_id: str | None = None
+    averaged: bool = False
 
     @property
     def realized(self) -> float | None:

@@ -24,7 +24,7 @@ from tfgrow.morphisms.registry import candidates as make_candidates
 from tfgrow.oracle.base import GrowthOracle
 from tfgrow.oracle.data import GrowthData, check_size, split_data
 from tfgrow.oracle.selection import Group, Limits, select
-from tfgrow.types import Cost, Plan
+from tfgrow.types import Cost, Interaction, Plan
 
 
 class GaussNewtonOracle(GrowthOracle):
@@ -151,7 +151,7 @@ class GaussNewtonOracle(GrowthOracle):
             candidates, parts.learn, self.learn_steps, self.learning_rate, progress=progress
         )
         clock.lap("learn")
-        interaction = estimator.interaction(learned, parts.score)
+        interaction = self.interaction(estimator, learned, parts.score)
         clock.lap("score")
         selection = select(
             interaction,
@@ -172,6 +172,12 @@ class GaussNewtonOracle(GrowthOracle):
             seconds=clock.seconds,
             reason=selection.reason,
         )
+
+    def interaction(
+        self, estimator: GaussNewtonEstimator, learned: Sequence[Candidate], batches: Any
+    ) -> Interaction:
+        """What the selection goes by; a subclass may look at candidates in another way."""
+        return estimator.interaction(learned, batches)
 
     def estimate(
         self, model: keras.Model, candidates: Sequence[Candidate], batches: Any

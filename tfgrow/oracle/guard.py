@@ -46,6 +46,7 @@ def commit(
     alphas: Sequence[float] = ALPHAS,
     estimate_of: Callable[[Sequence[Candidate]], float | None] | None = None,
     fits: Callable[[Sequence[Candidate]], bool] | None = None,
+    loss_before: float | None = None,
 ) -> Outcome:
     """Applies a set at the largest scale that doesn't raise the held-out loss, or not at all.
 
@@ -58,6 +59,7 @@ def commit(
       estimate_of: estimates a scaled set on the model as it was. Called once, and only if the set
         is committed at another scale than 1, at which its estimate is known.
       fits: whether the model stays within its budget with some of the set.
+      loss_before: the model's loss as it is, if it is known.
 
     Returns:
       The outcome. On any error the model is as before.
@@ -65,7 +67,7 @@ def commit(
     Raises:
       ValueError: the loss is not finite before anything is changed.
     """
-    before = after = loss_of(model)
+    before = after = loss_of(model) if loss_before is None else loss_before
     if not math.isfinite(before):
         raise ValueError(
             f"The loss of model '{model.name}' on the held-out batches is {before} before it "

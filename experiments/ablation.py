@@ -1,0 +1,126 @@
+r"""What matters and what doesn't: growing by Gauss-Newton with one choice changed at a time.
+
+    python -m experiments.ablation --data_dir=$HOME/tensorflow_datasets
+    python -m experiments.ablation --variants=gauss_newton,independent --seeds=2
+
+Every variant is grown, and the widths that it found are trained from scratch, as the methods of
+`experiments.compare` are and with the same flags; `gauss_newton` is the one with nothing changed.
+Cells that are finished are not run again. All of them make up `compare.csv` under --results_dir,
+and --docs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+
+from experiments import compare
+from experiments._messages import in_words, quiet_logs
+from experiments.contest import FROM_SCRATCH, GROWN, Cell
+
+os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+STRATEGY = "gauss_newton"
+
+VARIANTS: Mapping[str, Mapping[str, Any]] = {
+    STRATEGY: {},
+    "exact": {"curvature": "exact"},
+    "empirical": {"curvature": "empirical"},
+    "independent": {"joint": False},
+    "same_samples": {"cross_fitted": False},
+    "no_guard": {"guard": False},
+    "no_average": {"ema_momentum": 0.0},
+    "split_only": {"morphisms": ["split"]},
+    "add_only": {"morphisms": ["add"]},
+    "with_prune": {"morphisms": ["split", "add", "prune"]},
+    "few_steps": {"learn_steps": 2},
+    "many_steps": {"learn_steps": 32},
+    "few_samples": {"score_batches": 4},
+    "many_samples": {"score_batches": 64},
+    "large_steps": {"growth_per_step": 4.0},
+    "small_steps": {"growth_per_step": 0.2, "rounds": 3},
+}
+"""What each differs in: flags of `experiments.compare`, and `experiments.contest.CHANGES`."""
+
+SAID = {
+    "exact": "exact columns of the curvature instead of one sampled column per image",
+    "empirical": "curvature from the labels' own gradients",
+    "independent": "candidates chosen each by its own gain, overlaps counted twice",
+    "same_samples": "candidates scored on the batches they were learned on",
+    "no_guard": "sets are applied whatever the held-out loss says",
+    "no_average": "grown at the weights as they are, not at their running average",
+    "split_only": "edits are splits",
+    "add_only": "edits are new units",
+    "with_prune": "units can be removed, too",
+    "few_steps": "2 learning steps of theta",
+    "many_steps": "32 learning steps of theta",
+    "few_samples": "candidates scored on 4 batches",
+    "many_samples": "candidates scored on 64 batches",
+    "large_steps": "all growth that the budget allows in few events",
+    "small_steps": "many small events, up to three at a time",
+}
+
+
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
+    """Defines this binary's flags: those of `experiments.compare`, and the variants."""
+    compare.define_flags(values)
+    flags.DEFINE_list("variants", list(VARIANTS), f"Of: {', '.join(VARIANTS)}.", flag_values=values)
+    values.set_default("results_dir", "experiments/results/ablation")
+    values.set_default("docs", "docs/ablation.md")
+    values.set_default("budgets", ["20000"])
+
+    @flags.validator("variants", f"expected some of {', '.join(VARIANTS)}.", flag_values=values)
+    def _known(found):
+        return bool(found) and set(found) <= set(VARIANTS)
+
+
+def cells_of(options: Any) -> Iterator[Cell]:
+    """All cells, seed by seed."""
+    common = compare.common_settings(options)
+    for seed in range(options.seeds):
+        for dataset in options.datasets:
+            for model in options.models:
+                for budget in map(int, options.budgets):
+                    for name in options.variants:
+                        settings = {**common, "strategy": STRATEGY, **VARIANTS[name]}
+                        for claim in (GROWN, FROM_SCRATCH):
+                            yield Cell(dataset, model, budget, name, claim, seed, settings)
+
+
+def introduction() -> str:
+    """What the page begins with."""
+    lines = "\n".join(f"- `{name}`: {text}" for name, text in SAID.items())
+    return (
+        "# What matters and what doesn't\n\n"
+        "Made by `python -m experiments.ablation` from `experiments/results/ablation`; don't edit "
+        "by hand. Every variant of `gauss_newton` differs from it in one thing:\n\n"
+        f"{lines}\n\n"
+        'Every figure is a mean ± standard deviation over seeds; "behind gauss_newton" is by how '
+        "much the variant's test accuracy, in points, is lower on the same seeds, with the "
+        "standard error of that. Test data were used once per cell, at its end.\n"
+    )
+
+
+def main(arguments: list[str]) -> None:
+    """Runs what is missing, then writes the tables of all there is."""
+    if len(arguments) > 1:
+        raise app.UsageError(f"Unexpected arguments {arguments[1:]}; settings are --flags.")
+    quiet_logs()
+    options = flags.FLAGS
+    with in_words("experiments.ablation"):
+        compare.sweep(list(cells_of(options)), options.jobs)
+        from experiments import standings
+
+        results = standings.collect(options.results_dir)
+        standings.write(results, Path(options.results_dir), options.docs, introduction())
+    standings.show(results)
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)
