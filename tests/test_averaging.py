@@ -61,6 +61,21 @@ def test_many_steps_at_once_count_as_many():
         assert np.abs(weight - value).max() <= 10 * old
 
 
+def test_of_many_steps_it_looks_at_some():
+    """The mean of a line is the value in the middle, whichever of its points are looked at."""
+    model, average = mlp(), WeightAverage(0.999)
+    looks = 0
+    for step in range(1000):
+        model.set_weights([np.full(w.shape, float(step)) for w in model.get_weights()])
+        before = average._values
+        average.update(model)
+        looks += average._values is not before
+    assert 50 < looks < 200
+    assert average.assign(model)
+    for weight in model.get_weights():
+        np.testing.assert_allclose(weight, 500, rtol=0.1)
+
+
 def test_it_begins_anew_when_the_model_has_grown():
     model, average = mlp(), WeightAverage(0.9)
     walk(model, average, 3)

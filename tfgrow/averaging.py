@@ -21,6 +21,9 @@ from tfgrow.capture.batches import batches_of
 from tfgrow.graph import versions
 from tfgrow.graph.nodes import trace
 
+LOOKS = 16
+"""So many times the weights are looked at while the average looks back."""
+
 
 class WeightAverage:
     """An exponential moving average of the weights that a model trains.
@@ -33,12 +36,12 @@ class WeightAverage:
 
     Example:
 
-    >>> import keras
+    >>> import keras, numpy as np
     >>> from tfgrow.averaging import WeightAverage
     >>> model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, use_bias=False)])
     >>> average = WeightAverage(momentum=0.99)
     >>> for value in (1.0, 3.0):
-    ...     model.set_weights([[[value]]])
+    ...     model.set_weights([np.array([[value]])])
     ...     average.update(model)
     >>> average.assign(model)
     True
@@ -51,7 +54,7 @@ class WeightAverage:
         self._version: int | None = None
         self._weights: list[keras.Variable] = []
         self._values: list[tf.Tensor] = []
-        self._steps = 0
+        self._steps = self._waiting = 0
         self._mixed: Any = None
 
     def update(self, model: keras.Model, steps: int = 1) -> None:
@@ -63,6 +66,11 @@ class WeightAverage:
         """
         if self._version != versions.version_of(model):
             self._begin(model)
+        self._waiting += steps
+        # Weights of neighbouring steps are alike, and to look at all of them costs time.
+        if self._waiting * (1 - self.momentum) * LOOKS < 1 and self._waiting * LOOKS < self._steps:
+            return
+        steps, self._waiting = self._waiting, 0
         self._steps += steps
         share = max(1 - self.momentum**steps, steps / self._steps)
         self._values = self._mixed(self._values, _read(self._weights), tf.constant(share))
@@ -75,12 +83,9 @@ class WeightAverage:
             weight.assign(value)
         return True
 
-    def forget(self) -> None:
-        """Begins anew at the next step."""
-        self._version, self._steps = None, 0
-
     def _begin(self, model: keras.Model) -> None:
-        self._version, self._steps = versions.version_of(model), 0
+        self._version = versions.version_of(model)
+        self._steps = self._waiting = 0
         self._weights = list(model.trainable_variables)
         self._values = _read(self._weights)
         # One traced function would keep those of all shapes that the model ever had.
