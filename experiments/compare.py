@@ -92,7 +92,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     ):
         flags.DEFINE_float(name, share, text, 0.0, flag_values=values)
     flags.DEFINE_float(
-        "ema_momentum", 0.99, "Of the average of the weights at which networks grow; 0 for none.",
+        "ema_momentum", 0.0, "Of the average of the weights at which networks grow; 0 for none.",
         0.0, 1.0, flag_values=values,
     )  # fmt: skip
     flags.DEFINE_enum(

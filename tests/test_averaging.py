@@ -175,6 +175,12 @@ class Noise(keras.callbacks.Callback):
         )
 
 
+def averaging(oracle, data=None, **options):
+    """A `Growth` that looks at the average, and grows whatever that brings."""
+    settings = {"every": 1, "tolerance": 100.0, "verbose": 0, "ema_momentum": 0.99}
+    return Growth(oracle(seed=0), arrays() if data is None else data, **settings | options)
+
+
 def settled(model, epochs=30):
     """Trained until nothing changes much, so that noise only makes it worse."""
     fit(model, [], epochs=epochs)
@@ -186,9 +192,7 @@ def test_it_grows_at_the_average_where_that_is_better():
     found = {}
     for momentum in (None, 0.99):
         model = settled(compiled(mlp(), keras.optimizers.Adam(0.05)))
-        growth = Growth(
-            Blind(seed=0), arrays(), every=1, tolerance=100.0, verbose=0, ema_momentum=momentum
-        )
+        growth = averaging(Blind, ema_momentum=momentum)
         fit(model, [growth, Noise(0.3)], epochs=2)
         (found[momentum],) = growth.events
     assert found[0.99].averaged
@@ -199,7 +203,7 @@ def test_it_grows_at_the_average_where_that_is_better():
 def test_it_grows_at_the_weights_as_they_are_where_those_are_better():
     """At the very start, the mean of all steps lags behind."""
     model = compiled(mlp(), keras.optimizers.Adam(0.03))
-    growth = Growth(Blind(seed=0), arrays(), every=1, tolerance=100.0, verbose=0)
+    growth = averaging(Blind)
     fit(model, [growth], epochs=2)
     assert [event.averaged for event in growth.events] == [False]
 
@@ -219,10 +223,7 @@ def test_where_nothing_is_applied_the_weights_stay_as_they_are(oracle, tolerance
     histories = []
     for growing in (True, False):
         model = settled(compiled(convnet(), keras.optimizers.Adam(0.01)), epochs=3)
-        growth = Growth(
-            oracle(seed=0), arrays(model), every=1, tolerance=tolerance, verbose=0, guard=True
-        )
-        growth.oracle.guarded = True
+        growth = averaging(oracle, data=arrays(model), tolerance=tolerance)
         callbacks = [growth, Noise(0.3)] if growing else [Noise(0.3)]
         fit(model, callbacks, arrays(model), epochs=2)
         histories.append(state(model))
@@ -234,7 +235,7 @@ def test_where_nothing_is_applied_the_weights_stay_as_they_are(oracle, tolerance
 
 def test_what_was_averaged_in_an_earlier_fit_is_forgotten():
     model = settled(compiled(mlp(), keras.optimizers.Adam(0.05)))
-    growth = Growth(Blind(seed=0), arrays(), every=1, tolerance=100.0, verbose=0)
+    growth = averaging(Blind)
     fit(model, [growth], epochs=1)  # due when the next fit begins
     model.set_weights([np.zeros_like(weight) for weight in model.get_weights()])
     zero = real_loss(model, growth.oracle.split(arrays()).held_out)

@@ -89,11 +89,11 @@ class Growth(keras.callbacks.Callback):
       rounds: how many events may follow each other when it grows, until one brings nothing. New
         units of one layer repeat each other, so that an event often gives it one; the next event
         learns on the network that has it.
-      ema_momentum: the model grows at the running average of its weights over about
-        `1 / (1 - ema_momentum)` steps, if that has the lower loss on held-out batches, and trains
-        on from there; BatchNormalization's statistics are taken anew for it. Weights as they swing
-        at a high learning rate make every new unit look many times too good. None grows at the
-        weights as they are.
+      ema_momentum: with 0.99, for instance, the model grows at the running average of its weights
+        over about 100 steps, if that has the lower loss on held-out batches, and trains on from
+        there; BatchNormalization's statistics are taken anew for it. Estimates are ten times
+        smaller there, and nearer to those of weights that have settled; networks that grow while
+        they train came out no better for it. None grows at the weights as they are.
 
     Attributes:
       events: list of `GrowthEvent`, in order.
@@ -124,7 +124,7 @@ class Growth(keras.callbacks.Callback):
         journal: str | None = None,
         verbose: int | str = "auto",
         rounds: int = 1,
-        ema_momentum: float | None = 0.99,
+        ema_momentum: float | None = None,
     ) -> None:
         super().__init__()
         if every is not None and when is not None:
