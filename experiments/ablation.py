@@ -82,14 +82,11 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
 def cells_of(options: Any) -> Iterator[Cell]:
     """All cells, seed by seed."""
     common = compare.common_settings(options)
-    for seed in range(options.seeds):
-        for dataset in options.datasets:
-            for model in options.models:
-                for budget in map(int, options.budgets):
-                    for name in options.variants:
-                        settings = {**common, "strategy": STRATEGY, **VARIANTS[name]}
-                        for claim in (GROWN, FROM_SCRATCH):
-                            yield Cell(dataset, model, budget, name, claim, seed, settings)
+    for seed, dataset, model, budget in compare.places_of(options):
+        for name in options.variants:
+            settings = {**common, "strategy": STRATEGY, **VARIANTS[name]}
+            for claim in (GROWN, FROM_SCRATCH):
+                yield Cell(dataset, model, budget, name, claim, seed, settings)
 
 
 def introduction() -> str:

@@ -127,13 +127,16 @@ def cells_of(options: Any) -> Iterator[Cell]:
     The cell of a method that grows comes before those that need what it found.
     """
     common = common_settings(options)
-    for seed in range(options.seeds):
-        for dataset in options.datasets:
-            for model in options.models:
-                for budget in map(int, options.budgets):
-                    for method in options.methods:
-                        for claim in _claims(method, options):
-                            yield Cell(dataset, model, budget, method, claim, seed, common)
+    for seed, dataset, model, budget in places_of(options):
+        for method in options.methods:
+            for claim in _claims(method, options):
+                yield Cell(dataset, model, budget, method, claim, seed, common)
+
+
+def places_of(options: Any) -> Iterator[tuple[int, str, str, int]]:
+    """Seed, dataset, network and budget of all that is compared, seed by seed."""
+    budgets = [int(text) for text in options.budgets]
+    return itertools.product(range(options.seeds), options.datasets, options.models, budgets)
 
 
 def _claims(method: str, options: Any) -> list[str]:
