@@ -18,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 help:
 	@echo "make demo         grow a small network on digits; writes saved_models/digits-vgg/ (under 3 minutes)"
-	@echo "make test         lint, types and all tests (under 15 minutes)"
+	@echo "make test         lint, types and all tests (about 15 minutes)"
 	@echo "make tests-fast   the tests that are not marked slow, and the docstrings' examples"
 	@echo "make lint types   ruff and mypy        make format   let ruff rewrite the code"
 	@echo "make clean        remove $(VENV) and the tools' caches"
