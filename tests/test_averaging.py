@@ -158,10 +158,7 @@ def test_the_momentum_comes_back_after_an_error():
 
 
 class Noise(keras.callbacks.Callback):
-    """Moves the weights at random after every step, and back before the next: pure noise.
-
-    What `Growth` sees at a step's end depends on its place, the first.
-    """
+    """Moves the weights at random after every step."""
 
     def __init__(self, size):
         super().__init__()
@@ -169,9 +166,11 @@ class Noise(keras.callbacks.Callback):
         self.size = size
 
     def on_train_batch_end(self, batch, logs=None):
-        centre = self.model.get_weights()
         self.model.set_weights(
-            [w + self.size * self.rng.normal(size=w.shape).astype("float32") for w in centre]
+            [
+                weight + self.size * self.rng.normal(size=weight.shape).astype("float32")
+                for weight in self.model.get_weights()
+            ]
         )
 
 
@@ -249,3 +248,7 @@ def test_what_was_averaged_in_an_earlier_fit_is_forgotten():
 def test_bad_momentum(momentum):
     with pytest.raises(ValueError, match="ema_momentum must be"):
         Growth(Blind(), arrays(), ema_momentum=momentum)
+
+
+def test_fit_does_not_wait_for_the_logs_of_every_step():
+    assert Growth.on_train_batch_end is keras.callbacks.Callback.on_train_batch_end

@@ -157,7 +157,7 @@ class Growth(keras.callbacks.Callback):
         self._peers: Sequence[keras.callbacks.Callback]
         self._newborn: Sequence[tuple[int, list]]  # events, and batches to see their units on
         self._average: WeightAverage | None
-        self._last_batch = -1
+        self._stepped = False
         self.__dict__.update(_NO_MODEL)
 
     @property
@@ -195,7 +195,8 @@ class Growth(keras.callbacks.Callback):
             self._trained = weakref.ref(self.model)
         self.schedule.reset()
         self._finished, self._newborn = False, ()
-        self._average = None  # whoever called `fit` may have changed the weights since
+        # Whoever called `fit` may have changed the weights since.
+        self._average, self._stepped = None, False
         self._reported = len(self.journal)
         self._step_forward()
         if any(isinstance(peer, keras.callbacks.BackupAndRestore) for peer in self._peers):
@@ -212,24 +213,13 @@ class Growth(keras.callbacks.Callback):
     def on_train_batch_begin(self, batch, logs=None):
         # Not at the end of an epoch: only here have all callbacks had their say about the epoch,
         # SwapEMAWeights put the weights back, and nothing is grown that won't be trained.
+        self._take_average()
         if self._due:
             self._due = False
             for _ in range(self.rounds):
                 self._grow()
                 if self._finished or self.events[-1].status != "applied":
                     break
-
-    def on_epoch_begin(self, epoch, logs=None):
-        self._last_batch = -1
-
-    def on_train_batch_end(self, batch, logs=None):
-        if self.ema_momentum is None or self._finished:
-            return
-        if self._average is None:
-            self._average = WeightAverage(self.ema_momentum)
-        # One call per execution, of which `batch` is the last step.
-        self._average.update(self.model, max(1, batch - self._last_batch))
-        self._last_batch = batch
 
     def on_train_end(self, logs=None):
         del logs
@@ -255,13 +245,17 @@ class Growth(keras.callbacks.Callback):
         with growth_transaction(self.model) as attempt, self.oracle.all_or_nothing():
             before, widths = size_of(self.model), widths_of(self.model)
             data = self.oracle.split(self.data)
+            clock = time.perf_counter()
             averaged, loss = self._go_to_average(data)
+            seconds = {"average": time.perf_counter() - clock} if self._average else {}
             trial, plan = self.oracle.propose(
                 self.model, data, epoch=self._epochs_done, progress=self._progress()
             )
-            outcome, seconds = None, {}
+            outcome = None
             if plan.candidates:
-                outcome, seconds = self._commit(plan, data, loss)
+                clock = time.perf_counter()
+                outcome = self._commit(plan, data, loss)
+                seconds["commit"] = time.perf_counter() - clock
                 carry_over(self._peers, self.model, outcome.changes)
             if averaged and not (outcome and outcome.alpha):
                 attempt.rollback()
@@ -273,6 +267,17 @@ class Growth(keras.callbacks.Callback):
             self._newborn = (*self._newborn, (len(self.journal) - 1, data.held_out[:2]))
         self._say(event)
         gc.collect()  # traced functions are cycles that hold on to replaced variables
+
+    def _take_average(self) -> None:
+        """Notes the weights after a step, when the next one begins.
+
+        Not when the step ends: Keras waits for the logs of every step if a callback is told then.
+        """
+        if self.ema_momentum is not None and self._stepped and not self._finished:
+            if self._average is None:
+                self._average = WeightAverage(self.ema_momentum)
+            self._average.update(self.model, self.model.steps_per_execution)
+        self._stepped = True
 
     def _go_to_average(self, data) -> tuple[bool, float | None]:
         """Gives the model its averaged weights if their held-out loss is lower; and that loss."""
@@ -292,14 +297,11 @@ class Growth(keras.callbacks.Callback):
     def _guards(self) -> bool:
         return self.guard and self.oracle.guarded
 
-    def _commit(
-        self, plan: Plan, data, loss_before: float | None
-    ) -> tuple[Outcome, dict[str, float]]:
-        """Applies the plan as the guard allows; also returns the seconds that it took."""
-        clock = time.perf_counter()
+    def _commit(self, plan: Plan, data, loss_before: float | None) -> Outcome:
+        """Applies the plan as the guard allows."""
         model = self.model
         alphas, tolerance = (ALPHAS, self.tolerance) if self._guards else ((1.0,), np.inf)
-        outcome = commit(
+        return commit(
             model,
             plan.candidates,
             lambda grown: real_loss(grown, data.held_out),
@@ -309,7 +311,6 @@ class Growth(keras.callbacks.Callback):
             fits=lambda scaled: self.oracle.fits(model, scaled),
             loss_before=loss_before,
         )
-        return outcome, {"commit": time.perf_counter() - clock}
 
     def _event(
         self, before, widths, plan: Plan, outcome: Outcome | None, seconds, averaged: bool
