@@ -4,7 +4,7 @@ r"""What matters and what doesn't: growing by Gauss-Newton with one choice chang
     python -m experiments.ablation --variants=gauss_newton,independent --seeds=2
 
 Every variant is grown, and the widths that it found are trained from scratch, as the methods of
-`experiments.compare` are and with the same flags; `gauss_newton` is the one with nothing changed.
+`experiments.compare` are and with the same settings; `gauss_newton` is what nothing is changed of.
 Cells that are finished are not run again. All of them make up `compare.csv` under --results_dir,
 and --docs.
 """
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from absl import app, flags
@@ -67,16 +66,13 @@ SAID = {
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
-    """Defines this binary's flags: those of `experiments.compare`, and the variants."""
-    compare.define_flags(values)
-    flags.DEFINE_list("variants", list(VARIANTS), f"Of: {', '.join(VARIANTS)}.", flag_values=values)
+    """Defines this binary's flags: the variants instead of the methods of `experiments.compare`."""
+    compare.define_common_flags(values)
+    compare.define_some("variants", VARIANTS, VARIANTS, "What is grown.", values)
     values.set_default("results_dir", "experiments/results/ablation")
     values.set_default("docs", "docs/ablation.md")
     values.set_default("budgets", ["20000"])
-
-    @flags.validator("variants", f"expected some of {', '.join(VARIANTS)}.", flag_values=values)
-    def _known(found):
-        return bool(found) and set(found) <= set(VARIANTS)
+    flags.adopt_module_key_flags(compare, flag_values=values)  # else --help would not list them
 
 
 def cells_of(options: Any) -> Iterator[Cell]:
@@ -108,14 +104,8 @@ def main(arguments: list[str]) -> None:
     if len(arguments) > 1:
         raise app.UsageError(f"Unexpected arguments {arguments[1:]}; settings are --flags.")
     quiet_logs()
-    options = flags.FLAGS
     with in_words("experiments.ablation"):
-        compare.sweep(list(cells_of(options)), options.jobs)
-        from experiments import standings
-
-        results = standings.collect(options.results_dir)
-        standings.write(results, Path(options.results_dir), options.docs, introduction())
-    standings.show(results)
+        compare.run(cells_of(flags.FLAGS), flags.FLAGS, introduction())
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -51,20 +51,36 @@ COMMON = (
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     """Defines this binary's flags."""
+    define_common_flags(values)
+    for name, some, known, text in (
+        ("methods", METHODS, METHODS, "What chooses the widths."),
+        ("claims", CLAIMS, CLAIMS, "Which trainings of each method."),
+        ("references", ("gauss_newton",), METHODS, "Methods of same_flops and same_time."),
+    ):
+        define_some(name, some, known, text, values)
+
+
+def define_some(
+    name: str, some: Iterable[str], known: Iterable[str], text: str, values: flags.FlagValues
+) -> None:
+    """Defines a flag that lists some of what is known."""
+    named = ", ".join(known)
+    flags.DEFINE_list(name, list(some), f"{text} Of: {named}.", flag_values=values)
+
+    @flags.validator(name, f"expected some of {named}.", flag_values=values)
+    def _known(found):
+        return bool(found) and set(found) <= set(known)
+
+
+def define_common_flags(values: flags.FlagValues) -> None:
+    """Defines the flags of all that trains cells of `experiments.contest`."""
+    define_some("models", ("vgg",), MODELS, "Seed networks of experiments.models.", values)
     for name, chosen, text in (
         ("datasets", ["cifar10"], "digits, or TensorFlow Datasets names."),
         ("budgets", ["10000", "20000", "40000"], "Most parameters of the grown networks."),
         ("morphisms", ["split", "add"], "Kinds of edits of gauss_newton."),
     ):
         flags.DEFINE_list(name, chosen, text, flag_values=values)
-    for name, some, known, text in (
-        ("models", ["vgg"], MODELS, "Seed networks of experiments.models."),
-        ("methods", list(METHODS), METHODS, "What chooses the widths."),
-        ("claims", list(CLAIMS), CLAIMS, "Which trainings of each method."),
-        ("references", ["gauss_newton"], METHODS, "Methods of same_flops and same_time."),
-    ):
-        flags.DEFINE_list(name, some, f"{text} Of: {', '.join(known)}.", flag_values=values)
-        _only(name, known, values)
     for name, text_default, text in (
         ("data_dir", None, "Where TensorFlow Datasets keeps its data."),
         ("results_dir", "experiments/results/compare", "Where cells and CSV files are kept."),
@@ -107,12 +123,6 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
         @flags.validator(name, "expected whole numbers >= 1 such as 4,4,8,8.", flag_values=values)
         def _whole(found):
             return not found or are_whole(found)
-
-
-def _only(name: str, known: tuple[str, ...], values: flags.FlagValues) -> None:
-    @flags.validator(name, f"expected some of {', '.join(known)}.", flag_values=values)
-    def _known(found):
-        return bool(found) and set(found) <= set(known)
 
 
 def common_settings(options: Any) -> dict[str, Any]:
@@ -190,13 +200,23 @@ def main(arguments: list[str]) -> None:
     if len(arguments) > 1:
         raise app.UsageError(f"Unexpected arguments {arguments[1:]}; settings are --flags.")
     quiet_logs()
-    options = flags.FLAGS
     with in_words("experiments.compare"):
-        sweep(list(cells_of(options)), options.jobs)
-        from experiments import standings
+        run(cells_of(flags.FLAGS), flags.FLAGS)
 
-        results = standings.collect(options.results_dir)
-        standings.write(results, Path(options.results_dir), options.docs)
+
+def run(cells: Iterable[Cell], options: Any, introduction: str | None = None) -> None:
+    """Runs the cells that are missing, then writes and shows the tables of all there is.
+
+    Args:
+      cells: all cells.
+      options: the values of the flags, as attributes.
+      introduction: see `experiments.standings.write`.
+    """
+    sweep(list(cells), options.jobs)
+    from experiments import standings
+
+    results = standings.collect(options.results_dir)
+    standings.write(results, Path(options.results_dir), options.docs, introduction)
     standings.show(results)
 
 

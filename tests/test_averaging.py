@@ -5,15 +5,20 @@ import numpy as np
 import pytest
 
 import tfgrow
-from tests.integration.fitting import Blind, arrays, compiled, convnet, fit, mlp, state
+from tests.integration.fitting import (
+    Blind,
+    arrays,
+    assert_same_bits,
+    batches,
+    compiled,
+    convnet,
+    fit,
+    mlp,
+    state,
+)
 from tfgrow.averaging import WeightAverage, refresh_statistics
 from tfgrow.callbacks import Growth
 from tfgrow.measure import real_loss
-
-
-def assert_same(found, expected):
-    for one, other in zip(found, expected, strict=True):
-        np.testing.assert_array_equal(one, other)
 
 
 def walk(model, average, steps, seed=0):
@@ -82,10 +87,10 @@ def test_it_begins_anew_when_the_model_has_grown():
     tfgrow.widen(model, "hidden", 2)
     before = model.get_weights()
     assert not average.assign(model)
-    assert_same(model.get_weights(), before)
+    assert_same_bits(model.get_weights(), before)
     average.update(model)
     assert average.assign(model)
-    assert_same(model.get_weights(), before)
+    assert_same_bits(model.get_weights(), before)
 
 
 def test_without_a_step_there_is_none():
@@ -107,17 +112,11 @@ def normalised(trainable=True, shared=False):
     return tfgrow.convert(keras.Model(inputs, keras.layers.Dense(3, name="out")(x)))
 
 
-def batches(count=4):
-    x, y = arrays()
-    size = len(x) // count
-    return [(x[i * size : (i + 1) * size], y[i * size : (i + 1) * size]) for i in range(count)]
-
-
 def test_statistics_are_the_means_over_the_batches():
     model = normalised()
     refresh_statistics(model, batches())
     kernel, bias = model.get_layer("hidden").get_weights()
-    reads = [x @ kernel + bias for x, _ in batches()]
+    reads = [x.numpy() @ kernel + bias for x, _ in batches()]
     bn = model.get_layer("bn")
     mean, variance = (
         np.mean([take(r, axis=0) for r in reads], axis=0) for take in (np.mean, np.var)
@@ -144,7 +143,7 @@ def test_frozen_and_shared_layers_keep_theirs(options):
     model = normalised(**options)
     before = model.get_weights()
     refresh_statistics(model, batches())
-    assert_same(model.get_weights(), before)
+    assert_same_bits(model.get_weights(), before)
 
 
 def test_the_momentum_comes_back_after_an_error():
@@ -229,7 +228,7 @@ def test_where_nothing_is_applied_the_weights_stay_as_they_are(oracle, tolerance
         if growing:
             assert [event.status for event in growth.events] == [status]
             assert not growth.events[0].averaged
-    assert_same(*histories)
+    assert_same_bits(*histories)
 
 
 def test_what_was_averaged_in_an_earlier_fit_is_forgotten():

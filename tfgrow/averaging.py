@@ -117,7 +117,8 @@ def refresh_statistics(model: keras.Model, dataset: Any) -> None:
     if not layers:
         return
     taken: list[list[np.ndarray]] = []
-    ours = {id(variable) for layer in layers for variable in _statistics(layer)}
+    statistics = [v for layer in layers for v in (layer.moving_mean, layer.moving_variance)]
+    ours = {id(variable) for variable in statistics}
     others = [(v, v.numpy()) for v in model.non_trainable_variables if id(v) not in ours]
     momenta = [layer.momentum for layer in layers]
     try:
@@ -125,14 +126,13 @@ def refresh_statistics(model: keras.Model, dataset: Any) -> None:
             layer.momentum = 0.0  # moving statistics are those of the last batch
         for x, _, _ in batches_of(dataset):
             model(x, training=True)
-            taken.append([v.numpy() for layer in layers for v in _statistics(layer)])
+            taken.append([variable.numpy() for variable in statistics])
     finally:
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum
         for variable, value in others:
             variable.assign(value)
-    variables = [variable for layer in layers for variable in _statistics(layer)]
-    for variable, values in zip(variables, zip(*taken, strict=True), strict=True):
+    for variable, values in zip(statistics, zip(*taken, strict=True), strict=True):
         variable.assign(np.mean(values, axis=0))
 
 
@@ -145,7 +145,3 @@ def _normalising(model: keras.Model) -> list[keras.layers.BatchNormalization]:
         and node.operation.trainable
         and len(graph.calls(node.operation)) == 1
     ]
-
-
-def _statistics(layer: keras.layers.BatchNormalization) -> Sequence[keras.Variable]:
-    return layer.moving_mean, layer.moving_variance

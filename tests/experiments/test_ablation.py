@@ -2,13 +2,13 @@
 
 import json
 
-import keras
 import numpy as np
 import pytest
 from absl import flags
 
 import tfgrow
-from experiments import ablated, ablation, compare, contest, standings, training
+from experiments import ablated, ablation, compare, contest, standings
+from tests.experiments.here import spare_the_process
 from tests.integration.fitting import arrays, compiled, mlp
 
 TINY = (
@@ -87,9 +87,7 @@ def test_a_sweep_of_variants(tmp_path, monkeypatch):
         made.append(cell)
         return work(cell, grown)
 
-    monkeypatch.setattr(training, "make_repeatable", keras.utils.set_random_seed)
-    monkeypatch.setattr("tensorflow.config.threading.set_intra_op_parallelism_threads", int)
-    monkeypatch.setattr("tensorflow.config.threading.set_inter_op_parallelism_threads", int)
+    spare_the_process(monkeypatch)
     monkeypatch.setattr(compare, "in_fresh_process", here)
     compare.sweep(list(ablation.cells_of(chosen)))
     assert [(cell.method, cell.claim) for cell in made] == [

@@ -4,12 +4,12 @@ import csv
 import json
 import math
 
-import keras
 import numpy as np
 import pytest
 from absl import flags
 
-from experiments import compare, contest, standings, training
+from experiments import compare, contest, standings
+from tests.experiments.here import spare_the_process
 from tfgrow.strategies.registry import STRATEGIES
 
 TINY = (
@@ -32,9 +32,7 @@ def swept(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compare")
     chosen = options(f"--results_dir={folder}")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "make_repeatable", keras.utils.set_random_seed)
-        patch.setattr("tensorflow.config.threading.set_intra_op_parallelism_threads", int)
-        patch.setattr("tensorflow.config.threading.set_inter_op_parallelism_threads", int)
+        spare_the_process(patch)
         patch.setattr(compare, "in_fresh_process", lambda work, *arguments: work(*arguments))
         cells = list(compare.cells_of(chosen))
         compare.sweep(cells)

@@ -2,13 +2,13 @@
 
 import json
 
-import keras
 import numpy as np
 import pytest
 from absl import flags
 
 import tfgrow
 from experiments import cells, datasets, depth, training
+from tests.experiments.here import spare_the_process
 
 TINY = (
     "--dataset=digits", "--depths=4", "--epochs=1,2", "--max_train=300", "--width=3", "--places=3",
@@ -49,9 +49,7 @@ def test_places_are_spread_over_the_depth(data):
 @pytest.mark.parametrize("family", depth.FAMILIES)
 def test_a_cell_reads_estimates_beside_truths(family, tmp_path, monkeypatch):
     """Run in this process, whose threads and order of sums other tests share."""
-    monkeypatch.setattr(training, "make_repeatable", keras.utils.set_random_seed)
-    monkeypatch.setattr("tensorflow.config.threading.set_intra_op_parallelism_threads", int)
-    monkeypatch.setattr("tensorflow.config.threading.set_inter_op_parallelism_threads", int)
+    spare_the_process(monkeypatch)
     chosen = options(f"--results_dir={tmp_path}", f"--families={family}")
     (cell,) = depth.cells_of(chosen)
     result = depth.run_cell(cell)

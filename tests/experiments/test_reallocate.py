@@ -2,11 +2,11 @@
 
 import json
 
-import keras
 import pytest
 from absl import flags
 
 from experiments import cells, reallocate, training
+from tests.experiments.here import spare_the_process
 
 TINY = (
     "--dataset=digits", "--model=mlp", "--good=5,5", "--bad=4,16", "--max_train=600", "--before=2",
@@ -23,9 +23,7 @@ def settings(*arguments):
 
 def test_cells_part_where_the_oracle_begins(tmp_path, monkeypatch, capsys):
     """Run in this process, whose threads and order of sums other tests share."""
-    monkeypatch.setattr(training, "make_repeatable", keras.utils.set_random_seed)
-    monkeypatch.setattr("tensorflow.config.threading.set_intra_op_parallelism_threads", int)
-    monkeypatch.setattr("tensorflow.config.threading.set_inter_op_parallelism_threads", int)
+    spare_the_process(monkeypatch)
     chosen = settings("--bad=4,7", "--good=4,7", f"--results_dir={tmp_path}")
     results = {}
     for arm in reallocate.ARMS:
