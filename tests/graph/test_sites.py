@@ -129,6 +129,8 @@ def test_a_join_of_your_own_ties_once_it_is_registered():
         return tfgrow.convert(keras.Model(inputs, layers.Dense(2, name="out")(x)))
 
     assert "reach 'distance' (Distance), which mixes channels or is unknown" in blocked(net())
+    assert "declare its class with" in blocked(net())
+    assert "register_join" in blocked(net())
     tfgrow.layers.register_join(Distance)
     assert sites_by_name(net())["a"].names == ("a", "b")
 

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 from collections.abc import Mapping
 
+import keras
 import numpy as np
 
 from tfgrow._keras import takes_mask
@@ -345,7 +346,14 @@ def _why_not_channelwise(layer) -> str:
         return known
     if registry.growable_class(layer) is not None:
         return "a stock layer; make the model growable with tfgrow.convert(model)"
-    return "which mixes channels or is unknown to tfgrow"
+    reason = "which mixes channels or is unknown to tfgrow"
+    if not isinstance(layer, keras.layers.Layer):
+        return reason
+    return (
+        f"{reason}; if it treats every channel by itself, declare its class with "
+        "tfgrow.layers.register_channelwise, or register_join if it has several inputs, and if it "
+        "has weights, make it a tfgrow.Growable"
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
