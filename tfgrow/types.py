@@ -318,6 +318,16 @@ class Demand:
     fixed: tuple[int, ...] = ()
 
 
+RIDGE = 0.1
+"""How much of its own curvature is added to each candidate's: an interaction is of few samples."""
+
+
+def damping_of(gram: np.ndarray, ridge: float = RIDGE) -> np.ndarray:
+    """What is added to the diagonal of a gram matrix `[n, n]`; never zero."""
+    diagonal = np.diag(gram)
+    return ridge * diagonal + max(1e-12 * np.max(diagonal, initial=0.0), 1e-30)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Interaction:
     """The Gauss-Newton quadratic over a set of candidates.
@@ -329,6 +339,32 @@ class Interaction:
 
     linear: np.ndarray
     gram: np.ndarray
+
+    def of(self, subset) -> Interaction:
+        """That of some candidates, by their indices."""
+        rows = np.asarray(subset, dtype=int)
+        return Interaction(self.linear[rows], self.gram[np.ix_(rows, rows)])
+
+    def at(self, lengths) -> Interaction:
+        """That of the candidates at other lengths, `[n]`; at 1 they are as they were learned."""
+        lengths = np.asarray(lengths)
+        return Interaction(self.linear * lengths, self.gram * np.outer(lengths, lengths))
+
+    def best_lengths(self, ridge: float = RIDGE) -> np.ndarray:
+        """The lengths `[n]` of all candidates at which their joint change is least, damped.
+
+        Args:
+          ridge: how much of its own curvature is added to each candidate's.
+
+        Example:
+
+        >>> import numpy as np
+        >>> twins = Interaction(np.array([-1.0, -1.0]), np.array([[1.0, 1.0], [1.0, 1.0]]))
+        >>> twins.best_lengths(ridge=1e-6).round(3).tolist()
+        [0.5, 0.5]
+        """
+        gram = 0.5 * (self.gram + np.transpose(self.gram))
+        return -np.linalg.solve(gram + np.diag(damping_of(gram, ridge)), self.linear)
 
     def change(self, subset=None) -> float:
         """Estimated change of the mean loss when the candidates in `subset` are applied at once.

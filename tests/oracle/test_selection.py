@@ -39,13 +39,14 @@ class Case:
         params = [9 * a * b for a, b in itertools.pairwise(channels)]
         return sum(params), sum(64 * p >> depth for depth, p in enumerate(params))
 
-    def select(self, **fields):
+    def select(self, free_lengths=False, **fields):
         return select(
             self.interaction,
             groups=self.groups,
             widths=self.widths,
             cost_of=self.cost_of,
             limits=Limits(**fields),
+            free_lengths=free_lengths,
         )
 
     def allowed(self, indices):
@@ -562,3 +563,53 @@ def test_a_site_of_several_names_is_matched_by_each():
     names = [("conv1", "shortcut"), ("conv2",), "head"]
     assert matching_names(names, include=["short.*", "head"]) == ["conv1", "head"]
     assert matching_names(names, exclude=["shortcut"]) == ["conv2", "head"]
+
+
+# ---- at free lengths, and by other powers of the cost -------------------------------------------
+
+
+@pytest.mark.parametrize("round_to", [None, 2])
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 10_000))
+def test_free_lengths_never_promise_to_raise_the_loss(seed, round_to):
+    case = random_case(seed, exclusive=False)
+    limits = Limits(params=600, round_to=round_to)
+    chosen = case.select(params=600, round_to=round_to, free_lengths=True)
+    part = case.interaction.of(chosen.indices)
+    assert chosen.estimated_change == pytest.approx(part.at(chosen.lengths).change())
+    assert chosen.estimated_change <= 1e-12
+    assert limits.allow(chosen.cost)
+    assert all(0.0 <= length <= 1.0 for length in chosen.lengths)
+    fixed = case.select(params=600, round_to=round_to)
+    assert fixed.lengths == (1.0,) * len(fixed.indices)
+
+
+def test_copies_share_their_length_where_it_is_free():
+    """Fixed: the second of two equal edits undoes the first. Free: it is worth next to nothing."""
+    twins = Interaction(np.array([-1.0, -1.0, -0.2]), np.array(
+        [[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.1]]))  # fmt: skip
+    case = Case(twins, [Group("conv0"), Group("conv0"), Group("conv1")], {"conv0": 4, "conv1": 4})
+    assert sorted(case.select().indices) in ([0, 2], [1, 2])
+    chosen = case.select(free_lengths=True)
+    assert chosen.indices[1] == 2
+    assert sorted(chosen.indices) == [0, 1, 2]
+    assert chosen.lengths[0] == pytest.approx(chosen.lengths[2]) == pytest.approx(1 / 2.1)
+
+
+@pytest.mark.parametrize(("power", "first"), [(1.0, 0), (0.4, 1), (0.0, 2)])
+def test_cost_exponent_says_how_much_the_cost_counts(power, first):
+    """Gains of 1, 4 and 5 for 10, 70 and 1000 parameters."""
+    chosen = select(
+        Interaction(np.array([-1.0, -4.0, -5.0]), np.zeros((3, 3))),
+        groups=[Group("a"), Group("b"), Group("c")],
+        widths={"a": 4, "b": 4, "c": 4},
+        cost_of=lambda rows: Cost(params=sum((10, 70, 1000)[row] for row in rows)),
+        limits=Limits(cost_exponent=power, edits=1),
+    )
+    assert chosen.indices == (first,)
+
+
+@pytest.mark.parametrize("power", [-0.1, 1.1, "half", math.nan])
+def test_a_cost_exponent_out_of_range_is_refused(power):
+    with pytest.raises(ValueError, match="cost_exponent must be a number from 0 to 1"):
+        Limits(cost_exponent=power)

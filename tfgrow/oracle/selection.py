@@ -4,9 +4,8 @@ Estimated changes do not add up: candidates learned independently pull the same 
 ones by their individual scores overshoot when they are applied at once. Everything here therefore
 works on the joint quadratic `change(S) = sum_S linear + 1/2 sum_SS gram` (`types.Interaction`).
 
-Layout: `n` candidates; `slope = linear + gram @ chosen` `[n]` is the first-order change of each
-candidate *given what is chosen already*. It is updated at every pick instead of being recomputed,
-which makes a selection O(picks * n).
+What each of the `n` candidates would still change *given what is chosen already* is kept up to date
+at every pick instead of being recomputed (see `quadratics`).
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 import numpy as np
 
 from tfgrow._checks import require_whole
+from tfgrow.oracle.quadratics import FixedLengths, FreeLengths
 from tfgrow.types import Cost, Interaction
 
 NEGLIGIBLE = 1e-3
@@ -61,6 +61,9 @@ class Limits:
         (per FLOP when only `flops` is limited) falls under this.
       step: whether it is the share of one step, not the whole budget, that bounds `params`.
       round_to: the final width of every site it touches is a multiple of this; None or 1 is free.
+      cost_exponent: gains are compared per cost to the power of this: 1 is gain per parameter, 0
+        counts gains as they are. Returns diminish: of what a step may spend, a site whose units
+        cost a tenth would get ten times as many, and they bring less than ten times as much.
     """
 
     params: int | None = None
@@ -69,6 +72,7 @@ class Limits:
     min_gain_per_param: float = 0.0
     round_to: int | None = None
     step: bool = False
+    cost_exponent: float = 1.0
 
     def __post_init__(self) -> None:
         for name, least in (("params", 0), ("flops", 0), ("edits", 0), ("round_to", 1)):
@@ -76,6 +80,9 @@ class Limits:
         gain = self.min_gain_per_param
         if not isinstance(gain, (int, float)) or not (math.isfinite(gain) and gain >= 0):
             raise ValueError(f"min_gain_per_param must be a finite number >= 0. Found: {gain!r}")
+        power = self.cost_exponent
+        if not isinstance(power, (int, float)) or not 0 <= power <= 1:
+            raise ValueError(f"cost_exponent must be a number from 0 to 1. Found: {power!r}")
 
     def allow(self, cost: Cost, edits: int = 0) -> bool:
         """Whether so much may be spent; what costs nothing always may."""
@@ -102,8 +109,9 @@ class Selection:
       indices: the chosen candidates in the order they were picked.
       estimated_change: joint estimate of the change of the mean loss (negative is better).
       cost: joint extra cost of the set.
-      marginal_gains: `-` change each index brought when it was added; they sum to
-        `-estimated_change`. Inside a `round_to` bundle single ones may be negative.
+      marginal_gains: `-` change each index brought when it was added; with fixed lengths they sum
+        to `-estimated_change`. Inside a `round_to` bundle single ones may be negative.
+      lengths: at which each of them is to be applied.
       reason: why choosing stopped, in words.
     """
 
@@ -111,6 +119,7 @@ class Selection:
     estimated_change: float
     cost: Cost
     marginal_gains: tuple[float, ...]
+    lengths: tuple[float, ...]
     reason: str
 
 
@@ -123,6 +132,7 @@ def select(
     limits: Limits | None = None,
     tie_break_seed: int = 0,
     conflicts: np.ndarray | None = None,
+    free_lengths: bool = False,
 ) -> Selection:
     """Picks candidates greedily by marginal gain per marginal cost.
 
@@ -144,6 +154,8 @@ def select(
       tie_break_seed: orders exactly equal candidates.
       conflicts: bool `[n, n]`, symmetric: which candidates can't be chosen together although they
         edit different units.
+      free_lengths: whether candidates can be applied at any length from 0 to 1, and those that are
+        chosen get the ones that are best together; see `quadratics.FreeLengths`.
 
     Returns:
       The selection, possibly empty; its `reason` says why it ends where it does.
@@ -166,15 +178,19 @@ def select(
     """
     limits = limits or Limits()
     _check(interaction, groups, widths, limits)
-    search = _Search(interaction, groups, widths, cost_of, limits, tie_break_seed, conflicts)
+    search = _Search(
+        interaction, groups, widths, cost_of, limits, tie_break_seed, conflicts, free_lengths
+    )
     reason = None
     while reason is None:
         reason = search.step()
+    lengths = search.quadratic.lengths(search.chosen, interaction)
     return Selection(
         indices=tuple(search.chosen),
-        estimated_change=interaction.change(search.chosen),
+        estimated_change=interaction.of(search.chosen).at(lengths).change(),
         cost=search.cost,
         marginal_gains=tuple(search.gains),
+        lengths=tuple(lengths.tolist()),
         reason=reason,
     )
 
@@ -193,13 +209,12 @@ class _Options:
 class _Search:
     """The running state of one greedy selection."""
 
-    def __init__(self, interaction, groups, widths, cost_of, limits, tie_break_seed, conflicts):
-        linear = np.asarray(interaction.linear, dtype=np.float64)
-        gram = np.asarray(interaction.gram, dtype=np.float64)
-        self.gram = 0.5 * (gram + gram.T)  # what a quadratic form sees of a matrix
-        self.slope = linear.copy()
-        best_alone = -np.min(linear + 0.5 * np.diag(gram), initial=0.0)
-        self.negligible = NEGLIGIBLE * best_alone
+    def __init__(
+        self, interaction, groups, widths, cost_of, limits, tie_break_seed, conflicts, free
+    ):
+        kind = FreeLengths if free else FixedLengths
+        self.quadratic = kind(interaction.linear, np.asarray(interaction.gram, dtype=np.float64))
+        self.negligible = -NEGLIGIBLE * np.min(self.quadratic.changes(), initial=0.0)
         self.groups = groups
         self.widths = dict(widths)
         self.cost_of = cost_of
@@ -247,7 +262,7 @@ class _Search:
         else:
             free = np.flatnonzero(self.available)
             members = [(int(i),) for i in free]
-            change = self.slope[free] + 0.5 * np.diag(self.gram)[free]
+            change = self.quadratic.changes(free)
         params, flops = self._marginal_costs(members).T
         return _Options(members, change, params, flops, np.array([len(m) for m in members]))
 
@@ -270,17 +285,16 @@ class _Search:
     def _grow_bundle(self, indices: list[int], size: int) -> tuple[tuple[int, ...], float] | None:
         """The best `size` candidates of `indices` jointly, greedily; None if there are fewer."""
         pool = np.array([i for i in indices if self.available[i]], dtype=int)
-        alone = 0.5 * np.diag(self.gram)[pool]
-        slope, taken, total = self.slope[pool], [], 0.0
+        rest, taken, total = self.quadratic.of(pool), [], 0.0
         free = np.ones(len(pool), dtype=bool)
         while len(taken) < size:
             if not free.any():
                 return None
-            change = np.where(free, slope + alone, np.inf)
+            change = np.where(free, rest.changes(), np.inf)
             pick = int(np.lexsort((self.priority[pool], change))[0])
             taken.append(int(pool[pick]))
             total += float(change[pick])
-            slope = slope + self.gram[pool, pool[pick]]
+            rest.take(pick)
             free &= self.exclusive[pool] != self.exclusive[pool[pick]]
         return tuple(taken), total
 
@@ -320,20 +334,21 @@ class _Search:
             fits[name] = (extra <= 0) | (used + extra <= (math.inf if limit is None else limit))
         return fits
 
-    def _ratios(self, options: _Options) -> np.ndarray:
-        """Gain per unit of cost; infinite for what costs nothing."""
-        cost = getattr(options, self.limits.unit)
+    def _ratios(self, options: _Options, power: float = 1.0) -> np.ndarray:
+        """Gain per unit of cost to a power; infinite for what costs nothing."""
+        cost = np.asarray(getattr(options, self.limits.unit), dtype=np.float64)
         infinite = np.full(len(cost), np.inf)
-        return np.divide(-options.change, cost, out=infinite, where=cost > 0)
+        powered = np.maximum(cost, 1.0) ** power
+        return np.divide(-options.change, powered, out=infinite, where=cost > 0)
 
     def _best(self, options: _Options, among: np.ndarray) -> tuple[tuple[int, ...] | None, float]:
-        """The option with the largest gain per cost, then gain; None if there is none."""
+        """The option with the largest gain per (powered) cost, then gain, and its gain per cost."""
         if not among.any():
             return None, -math.inf
-        ratio = np.where(among, self._ratios(options), -np.inf)
+        ratio = np.where(among, self._ratios(options, self.limits.cost_exponent), -np.inf)
         first = np.array([self.priority[bundle[0]] for bundle in options.members])
         best = int(np.lexsort((first, options.change, -ratio))[0])
-        return options.members[best], float(ratio[best])
+        return options.members[best], float(self._ratios(options)[best])
 
     def _exchange(
         self, options: _Options, wanted: np.ndarray, least: float
@@ -368,8 +383,8 @@ class _Search:
         self, bundle: tuple[int, ...], change: float, least: float
     ) -> tuple[tuple[int, ...], float] | None:
         """Adds the cheapest removals to a bundle until it fits; None if that costs too much."""
-        slope = self.slope + self.gram[:, bundle].sum(axis=1)
-        alone = 0.5 * np.diag(self.gram)
+        gram, alone = self.quadratic.gram, 0.5 * np.diag(self.quadratic.gram)
+        slope = self.quadratic.slope + gram[:, bundle].sum(axis=1)
         free, widths = self.available & self.removes, dict(self.widths)
         for i in bundle:
             free &= self._compatible(i)
@@ -384,7 +399,7 @@ class _Search:
             pick = int(pool[np.lexsort((self.priority[pool], price))[0]])
             change += float(slope[pick] + alone[pick])
             bundle = (*bundle, pick)
-            slope = slope + self.gram[:, pick]
+            slope = slope + gram[:, pick]
             widths[self.groups[pick].site] += self.groups[pick].units
             free &= self._compatible(pick) & ~self._emptying(widths)
             cost = self.cost_of((*self.chosen, *bundle))
@@ -403,8 +418,8 @@ class _Search:
     def _take(self, bundle: tuple[int, ...]) -> None:
         self.cost = self.cost_of((*self.chosen, *bundle))
         for i in bundle:
-            self.gains.append(-float(self.slope[i] + 0.5 * self.gram[i, i]))
-            self.slope += self.gram[:, i]
+            self.gains.append(-float(self.quadratic.changes(i)))
+            self.quadratic.take(i)
             self.chosen.append(i)
             self.available &= self._compatible(i)
             self.widths[self.groups[i].site] += self.groups[i].units

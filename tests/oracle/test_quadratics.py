@@ -1,0 +1,90 @@
+"""What candidates promise while a set is picked: against brute force, at fixed and free lengths."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tfgrow.oracle.quadratics import FixedLengths, FreeLengths
+from tfgrow.types import Interaction, damping_of
+
+
+def random_interaction(seed, count=7, samples=30):
+    rng = np.random.default_rng(seed)
+    columns = rng.normal(size=(samples, count)) + rng.normal(size=(samples, 1))
+    return Interaction(rng.normal(size=count), columns.T @ columns / samples)
+
+
+def least(interaction, rows):
+    """The damped quadratic of some candidates at its minimum."""
+    part = interaction.of(rows)
+    gram = part.gram + np.diag(np.diag(damping_of_all(interaction))[rows])
+    lengths = -np.linalg.solve(gram, part.linear)
+    return part.linear @ lengths + 0.5 * lengths @ gram @ lengths
+
+
+def damping_of_all(interaction):
+    return np.diag(damping_of(interaction.gram))
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10_000))
+def test_each_view_tells_what_one_more_pick_changes(seed):
+    interaction = random_interaction(seed)
+    fixed, free = (
+        kind(interaction.linear, interaction.gram) for kind in (FixedLengths, FreeLengths)
+    )
+    picked = []
+    for pick in np.random.default_rng(seed).permutation(7)[:4].tolist():
+        picked.append(pick)
+        change = interaction.change(picked) - interaction.change(picked[:-1])
+        assert fixed.changes(pick) == pytest.approx(change, abs=1e-9)
+        if free.slope[pick] < 0:
+            best = least(interaction, picked) - least(interaction, picked[:-1])
+            assert free.changes(pick) == pytest.approx(best, abs=1e-9)
+        else:
+            assert free.changes(pick) == 0.0
+        fixed.take(pick)
+        free.take(pick)
+
+
+def test_a_copy_of_what_was_picked_overshoots_at_fixed_length_and_promises_little_at_a_free_one():
+    twins = Interaction(np.array([-1.0, -1.0]), np.ones((2, 2)))
+    fixed, free = (kind(twins.linear, twins.gram) for kind in (FixedLengths, FreeLengths))
+    assert free.changes(1) == pytest.approx(-0.5 / 1.1)
+    fixed.take(0)
+    free.take(0)
+    assert fixed.changes(1) > 0.4
+    assert -0.03 < free.changes(1) <= 0.0
+    np.testing.assert_allclose(free.lengths([0, 1], twins), 1 / 2.1, rtol=1e-6)
+
+
+def test_a_part_is_the_same_quadratic():
+    interaction = random_interaction(3)
+    whole = FreeLengths(interaction.linear, interaction.gram)
+    whole.take(2)
+    rows = np.array([5, 0, 6])
+    part = whole.of(rows)
+    np.testing.assert_allclose(part.changes(), whole.changes()[rows])
+    whole.take(0)
+    part.take(1)
+    np.testing.assert_allclose(part.changes([0, 2]), whole.changes()[[5, 6]])
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10_000))
+def test_best_lengths_are_the_minimum(seed):
+    interaction = random_interaction(seed)
+    lengths = interaction.best_lengths(ridge=1e-9)
+    change = interaction.at(lengths).change()
+    rng = np.random.default_rng(seed)
+    for _ in range(5):
+        other = lengths + 0.1 * rng.normal(size=len(lengths))
+        assert interaction.at(other).change() > change
+    assert 0.0 < np.linalg.norm(interaction.best_lengths(ridge=10.0)) < np.linalg.norm(lengths)
+
+
+def test_candidates_that_change_nothing_get_no_length():
+    nothing = Interaction(np.zeros(3), np.zeros((3, 3)))
+    np.testing.assert_array_equal(nothing.best_lengths(), np.zeros(3))
+    np.testing.assert_array_equal(FreeLengths(nothing.linear, nothing.gram).changes(), np.zeros(3))

@@ -1,0 +1,71 @@
+"""The joint quadratic while a set is picked from it: what each candidate would still change.
+
+Two views of the same quadratic `linear.a + 1/2 a'gram a` in the lengths `a` of the candidates:
+
+* `FixedLengths`: a candidate is taken at length 1, or not at all;
+* `FreeLengths`: each pick lets the lengths of all picks so far be the best ones (orthogonal
+  matching pursuit; Pati, Rezaiifar and Krishnaprasad 1993, in the Gauss-Newton metric). Candidates
+  that say what others say already promise nothing then, instead of to overshoot.
+
+Layouts: `slope [n]` is the first-order change of each candidate given the picks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from tfgrow.types import Interaction, damping_of
+
+
+class FixedLengths:
+    """Picks are taken as they are."""
+
+    def __init__(self, linear: np.ndarray, gram: np.ndarray) -> None:
+        self.slope = np.array(linear, dtype=np.float64)
+        self.gram = 0.5 * (gram + np.transpose(gram))  # what a quadratic form sees of a matrix
+
+    def changes(self, rows=slice(None)) -> np.ndarray:
+        """What each of some candidates would change the loss by."""
+        return self.slope[rows] + 0.5 * np.diag(self.gram)[rows]
+
+    def take(self, i: int) -> None:
+        """Picks a candidate."""
+        self.slope += self.gram[:, i]
+
+    def of(self, rows: np.ndarray) -> FixedLengths:
+        """A copy for some of the candidates only."""
+        return type(self)(self.slope[rows], self.gram[np.ix_(rows, rows)])
+
+    def lengths(self, picked: Sequence[int], interaction: Interaction) -> np.ndarray:
+        """At which lengths the picks are to be applied."""
+        del interaction
+        return np.ones(len(picked))
+
+
+class FreeLengths(FixedLengths):
+    """Picks get the lengths that are best for all of them; only lengths >= 0 are looked for."""
+
+    def __init__(
+        self, linear: np.ndarray, gram: np.ndarray, ridge: np.ndarray | None = None
+    ) -> None:
+        super().__init__(linear, gram)
+        self._ridge = damping_of(self.gram) if ridge is None else ridge
+
+    def changes(self, rows=slice(None)):
+        downhill = np.minimum(self.slope[rows], 0.0)
+        return -0.5 * downhill**2 / (np.diag(self.gram)[rows] + self._ridge[rows])
+
+    def take(self, i):
+        column = self.gram[:, i].copy()
+        pivot = column[i] + self._ridge[i]
+        self.slope -= column * (self.slope[i] / pivot)
+        self.gram -= np.outer(column, column) / pivot
+
+    def of(self, rows):
+        return type(self)(self.slope[rows], self.gram[np.ix_(rows, rows)], self._ridge[rows])
+
+    def lengths(self, picked, interaction):
+        rows = np.asarray(picked, dtype=int)
+        return np.clip(interaction.of(rows).best_lengths(), 0.0, 1.0)
