@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tfgrow.capture.capture import Capture, capture, observe, prepare_inputs, push_forward
+from tfgrow.capture.capture import Capture, capture, moved, observe, prepare_inputs, push_forward
 from tfgrow.capture.execute import execute
 from tfgrow.curvature.normal import LEARNING_DAMPING, add_sums, scale_sums
 from tfgrow.curvature.total_loss import TotalLoss
@@ -36,6 +36,29 @@ class Passes:
         self._graph = graph
         self._loss = loss
         self._draws = draws
+        self._settled: list[tuple[Sequence[Group], list[Arrays]]] = []
+
+    def settle(self, groups: Sequence[Group], thetas: Sequence[Arrays]) -> None:
+        """From here on losses, gradients and curvature are those of the logits moved by some edits.
+
+        They are moved along the linearised network, and what was settled before counts too. Passes
+        that were traced before know nothing of it.
+        """
+        self._settled.append((groups, [tensors(theta) for theta in thetas]))
+
+    def unsettle(self) -> None:
+        """Takes back the last `settle`."""
+        self._settled.pop()
+
+    def _moved_by(self, x) -> list:
+        """By head, how far what was settled moves the logits; empty if nothing was."""
+        if not self._settled:
+            return []
+        captured = observe(self._graph, x)
+        tangents: dict = {}
+        for groups, thetas in self._settled:
+            _add_tangents(tangents, captured, groups, thetas)
+        return push_forward(self._graph, self._loss.heads, x, tangents)[1]
 
     def capture(self, batch, seed, taps) -> Capture:
         """One batch with gradient and columns at the taps."""
@@ -49,16 +72,22 @@ class Passes:
             gradient_of=lambda z: dict(enumerate(self._loss.gradient(y, z, weights))),
             columns_of=lambda z: self._loss.columns(y, z, weights, self._draws, seed),
             reuse_gradient=None if reused is None else lambda g: reused(g, weights[0]),
+            moved_by=self._moved_by(x),
         )
 
     def loss(self, batch) -> Any:
         """Sum of the weighted losses of a batch, and the number of its samples."""
-        return self._sum_of_losses(batch, observe(self._graph, batch[0])), _count(batch[2])
+        x, y, weights = batch
+        logits = self._logits(x, observe(self._graph, x))
+        return self._loss.value(y, logits, weights), _count(weights)
+
+    def _logits(self, x, observed: Capture) -> list:
+        logits = [observed.values[head.tap] for head in self._loss.heads]
+        return moved(logits, self._moved_by(x))
 
     def _sum_of_losses(self, batch, captured: Capture) -> Any:
         _, y, weights = batch
-        logits = [captured.values[head.tap] for head in self._loss.heads]
-        return self._loss.value(y, logits, weights)
+        return self._loss.value(y, captured.logits, weights)
 
     def scalars(self, batch, seed, groups: Sequence[Group], thetas: Sequence[Arrays]) -> Any:
         """Sums over a batch of `(loss, linear [C], gram [C, C], samples)` for all candidates."""
@@ -79,7 +108,7 @@ class Passes:
         """
         _, y, weights = batch
         captured, perturbed, together = self._together(batch, seed, groups, thetas)
-        logits = [captured.values[head.tap] for head in self._loss.heads]
+        logits = captured.logits
         changes = together[0] + 0.5 * tf.reduce_sum(together[1:] ** 2, 0)  # [N, C]
         changes += self._loss.beyond(y, logits, together[1:], weights, self._draws)
         losses = self._loss.per_sample(y, logits, weights)
@@ -161,11 +190,9 @@ class Passes:
         x, y, weights = batch
         captured = observe(self._graph, x)
         tangents: dict = {}
-        perturbed = perturb_all(captured, groups, thetas, fresh=False)
-        for group, theta, effect in zip(groups, thetas, perturbed, strict=True):
-            for tap, value in group.morphism.tangents(group, theta, effect).items():
-                tangents[tap] = tangents[tap] + value if tap in tangents else value
-        logits, pushed = push_forward(self._graph, self._loss.heads, x, tangents)
+        _add_tangents(tangents, captured, groups, thetas)
+        _, pushed = push_forward(self._graph, self._loss.heads, x, tangents)
+        logits = self._logits(x, captured)
         gradients = self._loss.gradient(y, logits, weights)
         slopes = [tf.reduce_sum(g * v) for g, v in zip(gradients, pushed, strict=True)]
         curvature = self._loss.quadratic(y, logits, pushed, weights)
@@ -284,6 +311,19 @@ def _equations(captured, groups, perturbed, sums, loss):
 def _solved(group, sums) -> dict[str, Any]:
     """A group's closed form while it is learned; nothing where all of it is learned."""
     return group.morphism.solve(group, sums, LEARNING_DAMPING) if sums else {}
+
+
+def tensors(arrays: Arrays) -> dict[str, Any]:
+    """Parameters as tensors."""
+    return {name: tf.constant(value, tf.float32) for name, value in arrays.items()}
+
+
+def _add_tangents(tangents: dict, captured: Capture, groups, thetas) -> None:
+    """Adds what all candidates of some groups perturb, by tap."""
+    perturbed = perturb_all(captured, groups, thetas, fresh=False)
+    for group, theta, effect in zip(groups, thetas, perturbed, strict=True):
+        for tap, value in group.morphism.tangents(group, theta, effect).items():
+            tangents[tap] = tangents[tap] + value if tap in tangents else value
 
 
 def _count(weights):

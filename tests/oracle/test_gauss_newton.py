@@ -263,3 +263,43 @@ def test_round_to_and_prune_exclude_each_other():
         ValueError, match=r"round_to=4 works with morphisms that add single units; .*'prune'"
     ):
         quick_oracle(morphisms=("add", "prune"), round_to=4)
+
+
+# ---- what training would bring anyway -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("morphisms", [("split", "add"), ("add", "deepen")])
+def test_the_marginal_score_proposes_what_really_lowers_the_loss(morphisms):
+    """It chooses for settled weights, but applies at lengths that suit the weights as they are."""
+    inputs = keras.Input((4,))
+    x = keras.layers.Dense(3, "tanh", name="first")(inputs)
+    x = keras.layers.Dense(3, "tanh", name="second")(x)
+    outputs = keras.layers.Dense(CLASSES, name="out")(x)
+    model = compiled(tfgrow.convert(keras.Model(inputs, outputs)))
+    oracle = quick_oracle(score="marginal", growth_per_step=None, morphisms=morphisms)
+    plan = oracle.propose_plan(model, arrays())
+    assert plan.candidates
+    assert {"settle", "lengths"} <= set(plan.seconds)
+    assert plan.estimated_change < 0
+    loss = logits_loss()
+    measured = tfgrow.measure_change(model, plan.candidates, arrays(), loss)
+    assert measured == pytest.approx(plan.estimated_change, rel=0.5)
+    again = quick_oracle(score="marginal", growth_per_step=None, morphisms=morphisms)
+    twin = again.propose_plan(model, arrays())
+    assert twin.widths == plan.widths
+    assert twin.estimated_change == plan.estimated_change
+
+
+def test_the_marginal_score_needs_edits_that_can_be_scaled():
+    with pytest.raises(ValueError, match=r"can be applied in part; \['prune'\] can't"):
+        tfgrow.GaussNewtonOracle(score="marginal", morphisms=("add", "prune"))
+    with pytest.raises(ValueError, match=r"Unknown score 'net'; expected one of"):
+        tfgrow.GaussNewtonOracle(score="net")
+    with pytest.raises(ValueError, match="cost_exponent must be a number from 0 to 1"):
+        tfgrow.GaussNewtonOracle(cost_exponent=2)
+
+
+def test_the_cost_exponent_reaches_the_selection():
+    limits = tfgrow.GaussNewtonOracle(cost_exponent=0.25, max_params=100).limits(10)
+    assert limits.cost_exponent == 0.25
+    assert tfgrow.GaussNewtonOracle().limits(10).cost_exponent == 1.0

@@ -30,10 +30,12 @@ class Capture:
       values: value of every tap.
       cotangents: by tap, `[1 + K, N, ...]`: the gradient of each sample's weighted loss, and then
         every column of the curvature's factor, back-propagated.
+      logits: by head, those at which the loss is looked at.
     """
 
     values: Mapping[Tap, Any]
     cotangents: Mapping[Tap, Any]
+    logits: Sequence[Any] = ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -131,6 +133,7 @@ def capture(
     gradient_of: Callable[[list], Cotangents],
     columns_of: Callable[[list], Sequence[Cotangents]],
     reuse_gradient: Callable[[Any], Any] | None = None,
+    moved_by: Sequence[Any] = (),
 ) -> Capture:
     """One forward pass, one backward pass, and one backward pass per curvature column.
 
@@ -143,6 +146,7 @@ def capture(
       columns_of: logits of all heads -> the factor's columns at them.
       reuse_gradient: when the one column is the gradient up to a factor per sample (empirical
         curvature), the function that rescales it; no column is back-propagated then.
+      moved_by: by head, what is added to the logits before the loss is looked at; nothing if empty.
     """
     taps = list(dict.fromkeys(taps))
 
@@ -174,7 +178,8 @@ def capture(
             gradient.set_shape(values[tap].shape)  # some gradients forget it
         return [tf.stop_gradient(gradient) for gradient in gradients]
 
-    first = gradient_of(logits)
+    looked_at = moved(logits, moved_by)
+    first = gradient_of(looked_at)
     if reuse_gradient is not None:
         gradients = back_propagate(first)
         passes = [tf.stack([value, reuse_gradient(value)]) for value in gradients]
@@ -182,14 +187,20 @@ def capture(
         kinds = [tf.TensorSpec(values[tap].shape, values[tap].dtype) for tap in taps]
         loops = [
             tf.map_fn(back_propagate, cotangents, fn_output_signature=kinds)
-            for cotangents in _stacked([first, *columns_of(logits)])
+            for cotangents in _stacked([first, *columns_of(looked_at)])
         ]
         passes = [tf.concat(of_tap, axis=0) for of_tap in zip(*loops, strict=True)]
     else:
-        each = [back_propagate(one) for one in (first, *columns_of(logits))]
+        each = [back_propagate(one) for one in (first, *columns_of(looked_at))]
         passes = [tf.stack(of_tap) for of_tap in zip(*each, strict=True)]
     stopped = {tap: tf.stop_gradient(value) for tap, value in values.items()}
-    return Capture(stopped, dict(zip(taps, passes, strict=True)))
+    at = tuple(tf.stop_gradient(z) for z in looked_at)
+    return Capture(stopped, dict(zip(taps, passes, strict=True)), at)
+
+
+def moved(logits: Sequence, by: Sequence) -> list:
+    """Logits with something added to each; nothing if `by` is empty."""
+    return [z + more for z, more in zip(logits, by, strict=True)] if by else list(logits)
 
 
 def _stacked(each: Sequence[Cotangents]) -> list[Cotangents]:

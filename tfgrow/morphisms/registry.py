@@ -21,6 +21,7 @@ from tfgrow.morphisms.double import Double
 from tfgrow.morphisms.enlarge_kernel import EnlargeKernel
 from tfgrow.morphisms.heads import AddHeads, Heads, PruneHeads
 from tfgrow.morphisms.prune import Prune
+from tfgrow.morphisms.retrain import Retrain
 from tfgrow.morphisms.skip import Skip
 from tfgrow.morphisms.split import Split
 from tfgrow.types import Cost
@@ -42,11 +43,16 @@ MORPHISMS: dict[str, Morphism] = {
     )
 }
 
+_NO_EDITS: dict[str, Morphism] = {Retrain.name: Retrain()}
+"""Known to the estimator only: directions that edits are compared with."""
+
 
 def get(identifier: str | Morphism) -> Morphism:
     """A morphism by name, or the one given."""
     if isinstance(identifier, Morphism):
         return identifier
+    if isinstance(identifier, str) and identifier in _NO_EDITS:
+        return _NO_EDITS[identifier]
     if not isinstance(identifier, str) or identifier not in MORPHISMS:
         raise ValueError(
             f"Unknown morphism {identifier!r}; expected one of {sorted(MORPHISMS)} or a Morphism."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +27,14 @@ from tfgrow.oracle.data import GrowthData, check_size, split_data
 from tfgrow.oracle.selection import Group, Limits, select
 from tfgrow.types import Cost, Interaction, Plan
 
+SCORES = ("raw", "marginal")
+
+SETTLING_SHARE = 0.6
+"""Of the batches to learn on, so many tell the step of the weights there are, others its length."""
+
+LEAST_LENGTH = 1 / 16
+"""The halves of a split unit part by so much of what was learned, at the least."""
+
 
 class GaussNewtonOracle(GrowthOracle):
     """Proposes, at each growth step, the set of morphisms that lowers the loss most for its cost.
@@ -48,6 +57,12 @@ class GaussNewtonOracle(GrowthOracle):
       score_batches: batches that candidates are scored on.
       held_out_batches: batches on which a chosen set is judged before it is committed.
       learning_rate: of theta, see `GaussNewtonEstimator.learn`.
+      score: `"raw"` goes by what an edit would do to the loss now; `"marginal"` by what it would do
+        beyond what training the weights that are there would bring anyway (see
+        `GaussNewtonEstimator.settle`; cf. Verbockhaven et al. 2024), and applies what is chosen at
+        the lengths that are best together now.
+      cost_exponent: gains are compared per cost to the power of this, from 0 (as they are) to 1
+        (per parameter).
       growth_per_step: a fraction is the most parameters one step may add, relative to those the
         model has; a whole number is the most edits.
       **kwargs: budget (`max_params`, `max_flops`, `min_gain_per_param`, `round_to`), choice of
@@ -74,9 +89,12 @@ class GaussNewtonOracle(GrowthOracle):
         held_out_batches: int = 8,
         learning_rate: float = 0.1,
         growth_per_step: int | float | None = 0.3,
+        score: str = "raw",
+        cost_exponent: float = 1.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(objective=objective, growth_per_step=growth_per_step, **kwargs)
+        self._limits = dataclasses.replace(self._limits, cost_exponent=cost_exponent)
         self.morphisms = tuple(several(morphisms))
         self._removes = any(kind.units < 0 for kind in self.morphisms)
         others = [kind.name for kind in self.morphisms if kind.units != 1]
@@ -96,6 +114,16 @@ class GaussNewtonOracle(GrowthOracle):
                             ("score_batches", score_batches),
                             ("held_out_batches", held_out_batches)):  # fmt: skip
             require_whole(name, value)
+        if score not in SCORES:
+            raise ValueError(f"Unknown score {score!r}; expected one of {SCORES}.")
+        whole = [kind.name for kind in self.morphisms if kind.units < 0]
+        if score == "marginal" and whole:
+            raise ValueError(
+                f"score='marginal' needs edits that can be applied in part; {whole} can't. Leave "
+                "them out, or use score='raw'."
+            )
+        self.score = score
+        self.cost_exponent = cost_exponent
         self.curvature = curvature
         self.new_units = new_units
         self.learn_steps = learn_steps
@@ -147,6 +175,9 @@ class GaussNewtonOracle(GrowthOracle):
             return Plan((), 0.0, Cost(), {}, clock.seconds, reason=reason)
         estimator = GaussNewtonEstimator(model, curvature=self.curvature, seed=seed)
         clock.lap("prepare")
+        if self.score == "marginal":
+            estimator.settle(*_parted(parts.learn))
+            clock.lap("settle")
         learned = estimator.learn(
             candidates, parts.learn, self.learn_steps, self.learning_rate, progress=progress
         )
@@ -161,17 +192,43 @@ class GaussNewtonOracle(GrowthOracle):
             limits=limits,
             tie_break_seed=seed,
             conflicts=_conflicts(learned),
+            free_lengths=self.score == "marginal",
         )
         clock.lap("select")
         chosen = tuple(learned[i] for i in selection.indices)
+        estimated = selection.estimated_change
+        if self.score == "marginal" and chosen:
+            chosen = self._lengthened(model, chosen, parts, seed)
+            estimated = self.estimate(model, chosen, parts.score) or 0.0
+            clock.lap("lengths")
         return Plan(
             candidates=chosen,
-            estimated_change=selection.estimated_change,
+            estimated_change=estimated,
             cost=selection.cost,
             widths=new_widths(chosen),
             seconds=clock.seconds,
             reason=selection.reason,
         )
+
+    def _lengthened(
+        self, model: keras.Model, chosen: Sequence[Candidate], parts: GrowthData, seed: int
+    ) -> tuple[Candidate, ...]:
+        """Candidates at the lengths that are best together for the network as it is now.
+
+        What was learned for settled weights may point uphill now. Edits that are linear in their
+        length (those with a closed form) can be turned round; others keep a little of theirs, or
+        the halves of a split unit would never part.
+        """
+        estimator = GaussNewtonEstimator(model, curvature=self.curvature, seed=seed)
+        kinds = [get(candidate.morphism) for candidate in chosen]
+        least = [-1.0 if kind.solved else LEAST_LENGTH for kind in kinds]
+        lengths = estimator.interaction(chosen, _parted(parts.learn)[1]).best_lengths()
+        lengths = np.clip(lengths, least, 1.0)
+        scaled = [
+            kind.scaled(candidate, float(length))
+            for kind, candidate, length in zip(kinds, chosen, lengths, strict=True)
+        ]
+        return tuple(one for one in scaled if one is not None)
 
     def interaction(
         self, estimator: GaussNewtonEstimator, learned: Sequence[Candidate], batches: Any
@@ -225,6 +282,12 @@ class GaussNewtonOracle(GrowthOracle):
                     every = kind.candidates(site, new_units=1, seed=0)
                     smallest += [joint_cost(costs, [candidate]) for candidate in every]
         return smallest
+
+
+def _parted(batches: Sequence) -> tuple[Sequence, Sequence]:
+    """Batches to learn the step of the weights there are on, and others for its length."""
+    most = math.ceil(SETTLING_SHARE * len(batches))
+    return batches[:most], batches[most:] or batches
 
 
 class _Clock:
