@@ -30,7 +30,9 @@ BACKWARD = 3
 OWN_SETTINGS = {"gauss_newton": ("morphisms", "new_units", "curvature")}
 """Flags that only some strategies take, beside the budget and `growth_per_step`."""
 
-CHANGES = ("learn_steps", "score_batches", "joint", "cross_fitted")
+CHANGES = (
+    "learn_steps", "score_batches", "joint", "cross_fitted", "score", "cost_exponent"
+)  # fmt: skip
 """What else a variant of gauss_newton may differ in; see `experiments.ablated`."""
 
 

@@ -22,7 +22,7 @@ OURS = "gauss_newton"
 CELL = ("dataset", "model", "budget", "method", "seed", "claim")
 FIGURES = (
     "test_accuracy", "test_loss", "val_accuracy", "params", "flops", "training_flops", "seconds",
-    "growth_seconds", "peak_gb", "newborn_alive", "epochs", "widths",
+    "growth_seconds", "peak_gb", "newborn_alive", "epochs", "widths", "settings",
 )  # fmt: skip
 CURVE = ("epoch", "val_accuracy", "training_flops", "seconds")
 
@@ -54,7 +54,8 @@ def collect(folder: str | Path) -> Results:
         found = json.loads(path.read_text())
         cell = {name: found[name] for name in CELL}
         widths = " ".join(f"{name}={units}" for name, units in found["widths"].items())
-        cells.append({**cell, **{name: found[name] for name in FIGURES}, "widths": widths})
+        told = {**found, "widths": widths, "settings": _flags(found["settings"])}
+        cells.append({**cell, **{name: told[name] for name in FIGURES}})
         by_epoch = found["by_epoch"]
         columns = (
             by_epoch["val_accuracy"],
@@ -66,6 +67,16 @@ def collect(folder: str | Path) -> Results:
     order = {claim: number for number, claim in enumerate(CLAIMS)}
     cells.sort(key=lambda row: (*(row[n] for n in CELL[:4]), order[row["claim"]], row["seed"]))
     return Results(cells, curves)
+
+
+def _flags(settings: Mapping[str, Any]) -> str:
+    """Settings as flags; what is not set is left out."""
+    texts = {
+        name: ",".join(map(str, value)) if isinstance(value, list) else str(value)
+        for name, value in sorted(settings.items())
+        if value is not None
+    }
+    return " ".join(f"--{name}={text}" for name, text in texts.items())
 
 
 def write(
@@ -238,12 +249,22 @@ def _curve(curves: Sequence[Row], cell: Row) -> list[Row]:
 
 def page_of(results: Results, introduction: str | None = None) -> str:
     """The page for the docs; that of the comparison has pictures."""
-    parts = [introduction or INTRODUCTION]
+    parts = [introduction or INTRODUCTION, "\n".join(_recipe(results.cells)) + "\n"]
     for title, columns, rows in sections(results):
         parts.append(f"## {title}\n\n{tables.markdown(columns, rows)}\n")
     if introduction is None:
         parts += [f"![{text}](images/{name})\n" for name, text in PICTURES.items()]
     return "\n".join(parts)
+
+
+def _recipe(rows: Sequence[Row]) -> Iterable[str]:
+    """The flags that all cells have in common, and what some methods have besides."""
+    flags = {row["method"]: set(str(row["settings"]).split()) for row in rows}
+    shared = set.intersection(*flags.values())
+    yield f"All cells: `{' '.join(sorted(shared))}`."
+    for method, own in sorted(flags.items()):
+        if own - shared:
+            yield f"{method}: `{' '.join(sorted(own - shared))}`."
 
 
 PICTURES = {

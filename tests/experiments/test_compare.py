@@ -155,6 +155,10 @@ def test_tables_follow_from_the_csv_alone(swept, tmp_path):
     assert f"{np.mean(gains):+.2f} ± {error:.2f} (s.e.)" in page
     assert f"{np.mean(ours):.2f} ± {np.std(ours, ddof=1):.2f} %" in page
     assert page.count("same_time") == 1, "one line of one method"
+    assert "--epochs=3" in page, "the recipe"
+    (own,) = [line for line in page.splitlines() if line.startswith("gauss_newton: `")]
+    assert "--curvature=sampled" in own
+    assert "--epochs" not in own
 
 
 def test_cost_until_the_accuracy_from_scratch():

@@ -39,14 +39,14 @@ class Case:
         params = [9 * a * b for a, b in itertools.pairwise(channels)]
         return sum(params), sum(64 * p >> depth for depth, p in enumerate(params))
 
-    def select(self, free_lengths=False, **fields):
+    def select(self, least=None, **fields):
         return select(
             self.interaction,
             groups=self.groups,
             widths=self.widths,
             cost_of=self.cost_of,
             limits=Limits(**fields),
-            free_lengths=free_lengths,
+            least_lengths=None if least is None else np.full(len(self.groups), least),
         )
 
     def allowed(self, indices):
@@ -569,17 +569,18 @@ def test_a_site_of_several_names_is_matched_by_each():
 
 
 @pytest.mark.parametrize("round_to", [None, 2])
-@settings(max_examples=15, deadline=None)
+@pytest.mark.parametrize("least", [0.0, -1.0])
+@settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 10_000))
-def test_free_lengths_never_promise_to_raise_the_loss(seed, round_to):
+def test_free_lengths_never_promise_to_raise_the_loss(seed, least, round_to):
     case = random_case(seed, exclusive=False)
     limits = Limits(params=600, round_to=round_to)
-    chosen = case.select(params=600, round_to=round_to, free_lengths=True)
+    chosen = case.select(params=600, round_to=round_to, least=least)
     part = case.interaction.of(chosen.indices)
     assert chosen.estimated_change == pytest.approx(part.at(chosen.lengths).change())
     assert chosen.estimated_change <= 1e-12
     assert limits.allow(chosen.cost)
-    assert all(0.0 <= length <= 1.0 for length in chosen.lengths)
+    assert all(least <= length <= 1.0 for length in chosen.lengths)
     fixed = case.select(params=600, round_to=round_to)
     assert fixed.lengths == (1.0,) * len(fixed.indices)
 
@@ -590,7 +591,7 @@ def test_copies_share_their_length_where_it_is_free():
         [[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.1]]))  # fmt: skip
     case = Case(twins, [Group("conv0"), Group("conv0"), Group("conv1")], {"conv0": 4, "conv1": 4})
     assert sorted(case.select().indices) in ([0, 2], [1, 2])
-    chosen = case.select(free_lengths=True)
+    chosen = case.select(least=0.0)
     assert chosen.indices[1] == 2
     assert sorted(chosen.indices) == [0, 1, 2]
     assert chosen.lengths[0] == pytest.approx(chosen.lengths[2]) == pytest.approx(1 / 2.1)

@@ -192,7 +192,7 @@ class GaussNewtonOracle(GrowthOracle):
             limits=limits,
             tie_break_seed=seed,
             conflicts=_conflicts(learned),
-            free_lengths=self.score == "marginal",
+            least_lengths=_least_lengths(learned) if self.score == "marginal" else None,
         )
         clock.lap("select")
         chosen = tuple(learned[i] for i in selection.indices)
@@ -215,18 +215,14 @@ class GaussNewtonOracle(GrowthOracle):
     ) -> tuple[Candidate, ...]:
         """Candidates at the lengths that are best together for the network as it is now.
 
-        What was learned for settled weights may point uphill now. Edits that are linear in their
-        length (those with a closed form) can be turned round; others keep a little of theirs, or
-        the halves of a split unit would never part.
+        What was learned for settled weights may point uphill now.
         """
         estimator = GaussNewtonEstimator(model, curvature=self.curvature, seed=seed)
-        kinds = [get(candidate.morphism) for candidate in chosen]
-        least = [-1.0 if kind.solved else LEAST_LENGTH for kind in kinds]
         lengths = estimator.interaction(chosen, _parted(parts.learn)[1]).best_lengths()
-        lengths = np.clip(lengths, least, 1.0)
+        lengths = np.clip(lengths, _least_lengths(chosen), 1.0)
         scaled = [
-            kind.scaled(candidate, float(length))
-            for kind, candidate, length in zip(kinds, chosen, lengths, strict=True)
+            get(candidate.morphism).scaled(candidate, float(length))
+            for candidate, length in zip(chosen, lengths, strict=True)
         ]
         return tuple(one for one in scaled if one is not None)
 
@@ -282,6 +278,14 @@ class GaussNewtonOracle(GrowthOracle):
                     every = kind.candidates(site, new_units=1, seed=0)
                     smallest += [joint_cost(costs, [candidate]) for candidate in every]
         return smallest
+
+
+def _least_lengths(candidates: Sequence[Candidate]) -> np.ndarray:
+    """Edits that are linear in their length (those with a closed form) can be turned round.
+
+    Others keep a little of theirs, or the halves of a split unit would never part.
+    """
+    return np.array([-1.0 if get(one.morphism).solved else LEAST_LENGTH for one in candidates])
 
 
 def _parted(batches: Sequence) -> tuple[Sequence, Sequence]:

@@ -45,16 +45,28 @@ class FixedLengths:
 
 
 class FreeLengths(FixedLengths):
-    """Picks get the lengths that are best for all of them; only lengths >= 0 are looked for."""
+    """Picks get the lengths that are best for all of them.
+
+    Args:
+      linear, gram: the quadratic.
+      least: the least length of each candidate, `[n]`; one that is negative can be turned round.
+      ridge: added to each candidate's own curvature, `[n]`; by default a share of it.
+    """
 
     def __init__(
-        self, linear: np.ndarray, gram: np.ndarray, ridge: np.ndarray | None = None
+        self,
+        linear: np.ndarray,
+        gram: np.ndarray,
+        least: np.ndarray,
+        ridge: np.ndarray | None = None,
     ) -> None:
         super().__init__(linear, gram)
+        self._least = np.asarray(least, dtype=np.float64)
         self._ridge = damping_of(self.gram) if ridge is None else ridge
 
     def changes(self, rows=slice(None)):
-        downhill = np.minimum(self.slope[rows], 0.0)
+        slope = self.slope[rows]
+        downhill = np.where(self._least[rows] < 0.0, slope, np.minimum(slope, 0.0))
         return -0.5 * downhill**2 / (np.diag(self.gram)[rows] + self._ridge[rows])
 
     def take(self, i):
@@ -64,8 +76,9 @@ class FreeLengths(FixedLengths):
         self.gram -= np.outer(column, column) / pivot
 
     def of(self, rows):
-        return type(self)(self.slope[rows], self.gram[np.ix_(rows, rows)], self._ridge[rows])
+        gram = self.gram[np.ix_(rows, rows)]
+        return type(self)(self.slope[rows], gram, self._least[rows], self._ridge[rows])
 
     def lengths(self, picked, interaction):
         rows = np.asarray(picked, dtype=int)
-        return np.clip(interaction.of(rows).best_lengths(), 0.0, 1.0)
+        return np.clip(interaction.of(rows).best_lengths(), self._least[rows], 1.0)

@@ -132,7 +132,7 @@ def select(
     limits: Limits | None = None,
     tie_break_seed: int = 0,
     conflicts: np.ndarray | None = None,
-    free_lengths: bool = False,
+    least_lengths: np.ndarray | None = None,
 ) -> Selection:
     """Picks candidates greedily by marginal gain per marginal cost.
 
@@ -154,8 +154,9 @@ def select(
       tie_break_seed: orders exactly equal candidates.
       conflicts: bool `[n, n]`, symmetric: which candidates can't be chosen together although they
         edit different units.
-      free_lengths: whether candidates can be applied at any length from 0 to 1, and those that are
-        chosen get the ones that are best together; see `quadratics.FreeLengths`.
+      least_lengths: candidates can be applied at any length from these `[n]` to 1, and those that
+        are chosen get the ones that are best together, see `quadratics.FreeLengths`; None takes
+        them at length 1.
 
     Returns:
       The selection, possibly empty; its `reason` says why it ends where it does.
@@ -179,7 +180,7 @@ def select(
     limits = limits or Limits()
     _check(interaction, groups, widths, limits)
     search = _Search(
-        interaction, groups, widths, cost_of, limits, tie_break_seed, conflicts, free_lengths
+        interaction, groups, widths, cost_of, limits, tie_break_seed, conflicts, least_lengths
     )
     reason = None
     while reason is None:
@@ -210,10 +211,12 @@ class _Search:
     """The running state of one greedy selection."""
 
     def __init__(
-        self, interaction, groups, widths, cost_of, limits, tie_break_seed, conflicts, free
+        self, interaction, groups, widths, cost_of, limits, tie_break_seed, conflicts, least
     ):
-        kind = FreeLengths if free else FixedLengths
-        self.quadratic = kind(interaction.linear, np.asarray(interaction.gram, dtype=np.float64))
+        quadratic = interaction.linear, np.asarray(interaction.gram, dtype=np.float64)
+        self.quadratic = (
+            FixedLengths(*quadratic) if least is None else FreeLengths(*quadratic, least)
+        )
         self.negligible = -NEGLIGIBLE * np.min(self.quadratic.changes(), initial=0.0)
         self.groups = groups
         self.widths = dict(widths)
