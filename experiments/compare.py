@@ -44,8 +44,8 @@ METHODS = (
 
 COMMON = (
     "data_dir", "max_train", "widths", "augment", "epochs", "every", "settle", "rounds",
-    "growth_per_step", "ema_momentum", "morphisms", "new_units", "curvature", "batch_size",
-    "learning_rate", "optimizer", "threads", "results_dir",
+    "growth_per_step", "ema_momentum", "morphisms", "new_units", "curvature", "score",
+    "cost_exponent", "batch_size", "learning_rate", "optimizer", "threads", "results_dir",
 )  # fmt: skip
 
 
@@ -111,6 +111,13 @@ def define_common_flags(values: flags.FlagValues) -> None:
         "ema_momentum", 0.0, "Of the average of the weights at which networks grow; 0 for none.",
         0.0, 1.0, flag_values=values,
     )  # fmt: skip
+    flags.DEFINE_float(
+        "cost_exponent", 1.0, "Gains of gauss_newton are per cost to the power of this.", 0.0, 1.0,
+        flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_enum(
+        "score", "raw", ("raw", "marginal"), "What gauss_newton goes by.", flag_values=values
+    )
     flags.DEFINE_enum(
         "curvature", "sampled", ("auto", "exact", "sampled", "empirical"),
         "Curvature of gauss_newton's estimates.", flag_values=values,

@@ -27,12 +27,10 @@ TEMPLATE = "template"
 BACKWARD = 3
 """A training step costs three forward passes: one forward, about two backward."""
 
-OWN_SETTINGS = {"gauss_newton": ("morphisms", "new_units", "curvature")}
+OWN_SETTINGS = {"gauss_newton": ("morphisms", "new_units", "curvature", "score", "cost_exponent")}
 """Flags that only some strategies take, beside the budget and `growth_per_step`."""
 
-CHANGES = (
-    "learn_steps", "score_batches", "joint", "cross_fitted", "score", "cost_exponent"
-)  # fmt: skip
+CHANGES = ("learn_steps", "score_batches", "joint", "cross_fitted")
 """What else a variant of gauss_newton may differ in; see `experiments.ablated`."""
 
 
