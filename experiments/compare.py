@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,16 @@ from absl import app, flags
 from experiments._flags import are_whole
 from experiments._messages import in_words, quiet_logs
 from experiments.cells import in_fresh_process, load
-from experiments.contest import CLAIMS, FROM_SCRATCH, GROWN, TEMPLATE, Cell, run_cell
+from experiments.contest import (
+    CLAIMS,
+    CLOCKED,
+    FROM_SCRATCH,
+    GROWN,
+    SEARCH,
+    TEMPLATE,
+    Cell,
+    run_cell,
+)
 
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -38,8 +47,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 MODELS = ("vgg", "mlp", "resnet", "vgg_no_bn", "vgg_gelu")
 # The names of tfgrow.strategies, which takes seconds to import.
 METHODS = (
-    TEMPLATE, "firefly", "gauss_newton", "gradmax", "net2net", "random", "splitting", "tiny",
-    "uniform",
+    TEMPLATE, "firefly", CLOCKED, "gradmax", "net2net", "random", "splitting", "tiny", "uniform",
+    SEARCH,
 )  # fmt: skip
 
 COMMON = (
@@ -145,7 +154,7 @@ def cells_of(options: Any) -> Iterator[Cell]:
     """
     common = common_settings(options)
     for seed, dataset, model, budget in places_of(options):
-        for method in options.methods:
+        for method in sorted(options.methods, key=lambda method: method == SEARCH):
             for claim in _claims(method, options):
                 yield Cell(dataset, model, budget, method, claim, seed, common)
 
@@ -176,7 +185,7 @@ def sweep(cells: Sequence[Cell], jobs: int = 1) -> None:
     print(f"{len(cells)} cells, {len(missing)} of them to run", flush=True)
     chains: dict[Path, list[Cell]] = {}
     for cell in missing:
-        chains.setdefault(_grown_before(cell).path, []).append(cell)
+        chains.setdefault(_first_of(cell).path, []).append(cell)
     progress, done = Progress("cells"), itertools.count(1)
     with ThreadPoolExecutor(jobs) as pool:
         running = [
@@ -192,14 +201,35 @@ def sweep(cells: Sequence[Cell], jobs: int = 1) -> None:
 
 def _run(chain: Sequence[Cell], progress: Callable[[], None]) -> None:
     for cell in chain:
-        needed = cell.claim != GROWN and cell.method != TEMPLATE
         print(f"{cell.path}", flush=True)
-        in_fresh_process(run_cell, cell, load(_grown_before(cell)) if needed else None)
+        before = _needed(cell)
+        in_fresh_process(run_cell, cell, None if before is None else _found(before))
         progress()
 
 
-def _grown_before(cell: Cell) -> Cell:
+def _needed(cell: Cell) -> Cell | None:
+    """The cell whose outcome another one needs."""
+    if cell.method == SEARCH and cell.claim == GROWN:
+        return dataclasses.replace(cell, method=CLOCKED)
+    if cell.claim == GROWN or cell.method == TEMPLATE:
+        return None
     return dataclasses.replace(cell, claim=GROWN)
+
+
+def _first_of(cell: Cell) -> Cell:
+    """Where the chain of cells begins that have to run one after the other."""
+    before = _needed(cell)
+    return cell if before is None else _first_of(before)
+
+
+def _found(cell: Cell) -> Mapping[str, Any]:
+    found = load(cell)
+    if found is None:
+        raise ValueError(
+            f"{SEARCH} searches for as long as {cell.method} grows, and there is no "
+            f"'{cell.path}'; name {cell.method} among --methods."
+        )
+    return found
 
 
 def main(arguments: list[str]) -> None:

@@ -7,6 +7,8 @@ Of every method, budget and seed there are up to four:
 * `same_flops`, `same_time`: the same, for as many FLOPs, or seconds, as `grown` took.
 
 The method `template` does not grow: its widths are those of the seed network, all scaled alike.
+Nor does `hyperband`: its `grown` cell is a search over widths that takes as many seconds as
+`gauss_newton` took to grow, see `experiments.searched`.
 """
 
 from __future__ import annotations
@@ -23,6 +25,9 @@ from experiments.cells import begin, recipe_of, until_time_is_up
 GROWN, FROM_SCRATCH, SAME_FLOPS, SAME_TIME = "grown", "from_scratch", "same_flops", "same_time"
 CLAIMS = (GROWN, FROM_SCRATCH, SAME_FLOPS, SAME_TIME)
 TEMPLATE = "template"
+SEARCH = "hyperband"
+CLOCKED = "gauss_newton"
+"""The method that `SEARCH` takes as long as."""
 
 BACKWARD = 3
 """A training step costs three forward passes: one forward, about two backward."""
@@ -89,13 +94,16 @@ def run_cell(cell: Cell, grown: Mapping[str, Any] | None) -> dict[str, Any]:
     Args:
       cell: which.
       grown: what the `grown` cell of the same method, budget and seed came to; None for that cell
-        itself and for the template.
+        itself and for the template. For a search, what that of `CLOCKED` came to.
     """
     data = begin(cell)
     from experiments.reports import write_json
 
     clock = Clock()
-    if cell.claim == GROWN:
+    if cell.claim == GROWN and cell.method == SEARCH:
+        assert grown is not None
+        trained = _search(cell, data, clock, grown["seconds"])
+    elif cell.claim == GROWN:
         trained = _grow(cell, data, clock)
     else:
         widths = _template(cell, data) if grown is None else list(grown["widths"].values())
@@ -123,7 +131,7 @@ def _outcome(cell: Cell, trained: Any, clock: Any, samples: int) -> dict[str, An
         "settings": cell.key,
         "widths": training.open_widths(trained.model),
         "params": trained.model.count_params(),
-        "flops": flops[-1],
+        "flops": int(trained.history.get("flops_of_best", flops)[-1]),
         "epochs": len(flops),
         "val_accuracy": trained.history["val_accuracy"][-1],
         "test_accuracy": trained.test_accuracy,
@@ -171,6 +179,17 @@ def _grow(cell: Cell, data: Any, clock: Any) -> Any:
         make(cell.strategy, growing, cell.seed),
         callbacks=[clock.callback()],
     )  # fmt: skip
+
+
+def _search(cell: Cell, data: Any, clock: Any, seconds: float) -> Any:
+    from experiments import searched
+
+    recipe, settings = recipe_of(cell, cell.settings["epochs"]), cell.settings
+    build = searched.Widths(
+        cell.model, data, settings["widths"], cell.budget, recipe, settings["augment"]
+    )
+    trained, clock.seconds = searched.search(build, data, recipe, seconds)
+    return trained
 
 
 def _from_scratch(
