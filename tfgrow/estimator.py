@@ -175,8 +175,8 @@ class GaussNewtonEstimator:
         if not directions:
             return 0.0
         learned = self.learn(directions, dataset, steps=0)
-        lengths = self.interaction(learned, judged_on).best_lengths()
-        before = self.loss(judged_on)
+        interaction, before = self._interaction(learned, judged_on)
+        lengths = interaction.best_lengths()
         for alpha in SETTLING_ALPHAS:
             moved = [
                 get(one.morphism).scaled(one, alpha * length)
@@ -200,14 +200,19 @@ class GaussNewtonEstimator:
         Returns:
           An `Interaction` over the candidates, in their order.
         """
+        return self._interaction(candidates, dataset)[0]
+
+    def _interaction(self, candidates, dataset) -> tuple[Interaction, float]:
+        """The interaction, and the mean loss as it is."""
         groups, positions = self._group(candidates)
         thetas = [tensors(group.theta) for group in groups]
         total = self._sum(
             dataset, lambda batch, seed, th: self._passes.scalars(batch, seed, groups, th), thetas
         )
-        _, linear, gram, count = (np.asarray(part, dtype=np.float64) for part in total)
+        loss, linear, gram, count = (np.asarray(part, dtype=np.float64) for part in total)
         order = np.argsort(np.concatenate(positions))
-        return Interaction(linear[order] / count, gram[np.ix_(order, order)] / count)
+        found = Interaction(linear[order] / count, gram[np.ix_(order, order)] / count)
+        return found, float(loss / count)
 
     def score(self, candidates: Sequence[Candidate], dataset, checks: int = 0) -> np.ndarray:
         """Estimated change of the mean loss by each candidate applied alone, `[n]`.
