@@ -183,7 +183,7 @@ def test_cost_until_the_accuracy_from_scratch():
 
 
 def test_every_strategy_is_a_method():
-    assert set(compare.METHODS) == {contest.TEMPLATE, *STRATEGIES}
+    assert set(compare.METHODS) == {contest.TEMPLATE, contest.SEARCH, *STRATEGIES}
 
 
 @pytest.mark.parametrize(

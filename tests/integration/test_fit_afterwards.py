@@ -144,7 +144,7 @@ def test_memory_does_not_creep_up_over_30_events():
             self.megabytes.append(resident_megabytes())
 
     model, watch = compiled(mlp()), Watch()
-    oracle = quick_oracle(growth_per_step=1, curvature="empirical")
+    oracle = quick_oracle(growth_per_step=1, curvature="empirical", morphisms="split")
     growth = Growth(oracle, arrays(), every=1, tolerance=100.0, verbose=0)
     fit(model, [growth, watch], epochs=31)
     assert len(growth.events) == 30

@@ -268,26 +268,20 @@ def test_round_to_and_prune_exclude_each_other():
 # ---- what training would bring anyway -----------------------------------------------------------
 
 
-@pytest.mark.parametrize("morphisms", [("split", "add"), ("add", "deepen")])
-def test_the_marginal_score_proposes_what_really_lowers_the_loss(morphisms):
+def test_the_marginal_score_proposes_what_really_lowers_the_loss():
     """It chooses for settled weights, but applies at lengths that suit the weights as they are."""
-    inputs = keras.Input((4,))
-    x = keras.layers.Dense(3, "tanh", name="first")(inputs)
-    x = keras.layers.Dense(3, "tanh", name="second")(x)
-    outputs = keras.layers.Dense(CLASSES, name="out")(x)
-    model = compiled(tfgrow.convert(keras.Model(inputs, outputs)))
-    oracle = quick_oracle(score="marginal", growth_per_step=None, morphisms=morphisms)
-    plan = oracle.propose_plan(model, arrays())
-    assert plan.candidates
+    data = arrays(samples=1024)
+    settings = {"score": "marginal", "growth_per_step": None, "score_batches": 8, "learn_steps": 4}
+
+    model = two_layers()
+    plan = quick_oracle(**settings).propose_plan(model, data)
     assert {"settle", "lengths"} <= set(plan.seconds)
     assert plan.estimated_change < 0
-    loss = logits_loss()
-    measured = tfgrow.measure_change(model, plan.candidates, arrays(), loss)
+    measured = tfgrow.measure_change(model, plan.candidates, data)
     assert measured == pytest.approx(plan.estimated_change, rel=0.5)
-    again = quick_oracle(score="marginal", growth_per_step=None, morphisms=morphisms)
-    twin = again.propose_plan(model, arrays())
-    assert twin.widths == plan.widths
-    assert twin.estimated_change == plan.estimated_change
+    again = quick_oracle(**settings).propose_plan(two_layers(), data)
+    assert again.widths == plan.widths
+    assert again.estimated_change == plan.estimated_change
 
 
 def test_the_marginal_score_needs_edits_that_can_be_scaled():

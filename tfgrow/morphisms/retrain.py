@@ -22,7 +22,6 @@ from tfgrow.capture.execute import linear_tap
 from tfgrow.curvature.normal import (
     WIDE,
     cross_damping,
-    outputs_sums,
     quadratic,
     solve_factored,
     solve_sums,
@@ -30,6 +29,7 @@ from tfgrow.curvature.normal import (
 )
 from tfgrow.graph.sites import sites_of
 from tfgrow.morphisms.base import Candidate, Morphism, Perturbed
+from tfgrow.morphisms.factored import factored_sums
 from tfgrow.types import Cost
 
 MOST_INPUTS = 2304
@@ -37,9 +37,6 @@ MOST_INPUTS = 2304
 
 MOST_DIRECTIONS = 1024
 """Of more outputs in a network, those of a layer go together."""
-
-ROWS = 4096
-"""So many positions of a batch are enough to tell how inputs are correlated."""
 
 
 class Retrain(Morphism):
@@ -109,28 +106,14 @@ class Retrain(Morphism):
 
     def equations(self, capture, group, perturbed):
         del perturbed
-        node, read = _node(group), _with_constant(capture, group)
-        stacked = capture.cotangents[linear_tap(node.index)]
-        outputs, shape = stacked.shape[-1], _rows_shape(group)
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
-            start = tf.zeros(shape)
-            tape.watch(start)
-            response = node.operation.linear(read, node.operation.kernel_from_rows(start))
-        slope = tape.gradient(response, start, output_gradients=stacked[0])
-        samples = tf.shape(read)[0]
-        positions = tf.size(stacked[0]) // (samples * outputs)
-        some = tf.clip_by_value(ROWS // positions, 1, samples)
-        seen = tf.transpose(node.operation.unfold(read[:some]), (0, 2, 3, 1))  # [N, P, T, c]
-        seen = tf.reshape(seen, (-1, shape[0] * shape[1]))
-        share = tf.cast(samples, tf.float32) / tf.cast(some, tf.float32)
-        return {
-            "g": tf.reshape(slope, (1, -1)),
-            "a/0": share * tf.matmul(seen, seen, transpose_a=True)[None],
-            **outputs_sums(tf.reshape(stacked[1:], (-1, outputs))),
-            "rows/0": tf.cast(samples * positions, tf.float32),
-            "energy": tf.zeros((1,)),
-            "usual": tf.zeros(()),
-        }
+        layer, read = _node(group).operation, _with_constant(capture, group)
+        return factored_sums(
+            lambda rows: layer.linear(read, layer.kernel_from_rows(rows)),
+            _rows_shape(group),
+            lambda some: tf.transpose(layer.unfold(some), (0, 2, 3, 1)),  # [N, P, T, c]
+            read,
+            capture.cotangents[linear_tap(_node(group).index)],
+        )
 
     def no_equations(self, group):
         outputs, size = _shape(group)

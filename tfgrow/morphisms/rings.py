@@ -12,18 +12,15 @@ import tensorflow as tf
 
 from tfgrow.curvature.normal import (
     dense_sums,
-    outputs_sums,
     solve_factored,
     solve_sums,
     zero_sums,
 )
 from tfgrow.layers.growable import Enlargement
+from tfgrow.morphisms.factored import factored_sums
 
 DENSE_LIMIT = 1024
 """Above so many weights in a ring, Q is factored or taken output by output."""
-
-ROWS = 4096
-"""So many positions of a batch are enough to tell how inputs are correlated."""
 
 
 def enlargement(site, number: int) -> Enlargement:
@@ -72,12 +69,11 @@ def equations(group, read, stacked) -> dict:
     """
     if not _mixing(group):
         return _channel_sums(_channel_gradients(group, read, stacked), _dense(group))
-    nothing = {"energy": tf.zeros((1,)), "usual": tf.zeros(())}
     if _dense(group):
         seen, passes = _ring_patches(group, read), stacked.shape[0]
         flat = tf.reshape(stacked, (passes, -1, tf.shape(seen)[2], stacked.shape[-1]))
-        return {**dense_sums([seen], [flat]), **nothing}
-    return {**_factored_sums(group, read, stacked), **nothing}
+        return {**dense_sums([seen], [flat]), "energy": tf.zeros((1,)), "usual": tf.zeros(())}
+    return _factored_sums(group, read, stacked)
 
 
 def no_equations(group) -> dict:
@@ -111,26 +107,14 @@ def _ring_patches(group, read):
 
 
 def _factored_sums(group, read, stacked) -> dict:
-    """As `kronecker_sums`; the inputs' correlations are those of some of the samples."""
-    layer = _layer(group)
-    _, taps, channels, outputs = group.theta["ring"].shape
-    start = tf.zeros((taps, channels, outputs))
-    with tf.GradientTape(watch_accessed_variables=False) as tape:
-        tape.watch(start)
-        response = layer.linear_enlarged(read, kernel_with(group.site, number_of(group), start))
-    slope = tape.gradient(response, start, output_gradients=stacked[0])
-    columns = tf.reshape(stacked[1:], (-1, outputs))
-    samples = tf.shape(read)[0]
-    positions = tf.size(stacked[0]) // (samples * outputs)
-    some = tf.clip_by_value(ROWS // positions, 1, samples)
-    rows = tf.reshape(_ring_patches(group, read[:some]), (-1, taps * channels))
-    share = tf.cast(samples, tf.float32) / tf.cast(some, tf.float32)
-    return {
-        "g": tf.reshape(slope, (1, -1)),
-        "a/0": share * tf.matmul(rows, rows, transpose_a=True)[None],
-        **outputs_sums(columns),
-        "rows/0": tf.cast(samples * positions, tf.float32),
-    }
+    number, layer = number_of(group), _layer(group)
+    return factored_sums(
+        lambda ring: layer.linear_enlarged(read, kernel_with(group.site, number, ring)),
+        group.theta["ring"].shape[1:],
+        lambda some: _ring_patches(group, some),
+        read,
+        stacked,
+    )
 
 
 def _channel_gradients(group, read, stacked):
