@@ -57,7 +57,8 @@ class Passes:
         captured = observe(self._graph, x)
         tangents: dict = {}
         for groups, thetas in self._settled:
-            _add_tangents(tangents, captured, groups, thetas)
+            perturbed = perturb_all(captured, groups, thetas, fresh=False)
+            _add_tangents(tangents, groups, thetas, perturbed)
         return push_forward(self._graph, self._loss.heads, x, tangents)[1]
 
     def capture(self, batch, seed, taps) -> Capture:
@@ -78,12 +79,12 @@ class Passes:
     def loss(self, batch) -> Any:
         """Sum of the weighted losses of a batch, and the number of its samples."""
         x, y, weights = batch
-        logits = self._logits(x, observe(self._graph, x))
+        logits = self._logits(x, observe(self._graph, x).values)
         return self._loss.value(y, logits, weights), _count(weights)
 
-    def _logits(self, x, observed: Capture) -> list:
-        logits = [observed.values[head.tap] for head in self._loss.heads]
-        return moved(logits, self._moved_by(x))
+    def _logits(self, x, values: Mapping) -> list:
+        """The logits among the values of all taps, moved by what was settled."""
+        return moved([values[head.tap] for head in self._loss.heads], self._moved_by(x))
 
     def _sum_of_losses(self, batch, captured: Capture) -> Any:
         _, y, weights = batch
@@ -169,14 +170,13 @@ class Passes:
             # the transpose of a sum against covectors spreads the mask over whatever is perturbed
             values = {place: value[None] for place, value in effect.values.items()}
             mine = Perturbed(group.morphism.slopes(group, mask[None], values), effect.moments)
-            for tap, value in group.morphism.tangents(group, theta, mine).items():
-                changed[tap] = changed[tap] + value if tap in changed else value
+            _add_tangents(changed, [group], [theta], [mine])
         values = execute(
             self._graph,
             prepare_inputs(self._graph, x),
             lambda tap, value: value + changed[tap] if tap in changed else value,
         )
-        return self._loss.per_sample(y, [values[head.tap] for head in self._loss.heads], weights)
+        return self._loss.per_sample(y, self._logits(x, values), weights)
 
     def _together(self, batch, seed, groups, thetas) -> tuple[Capture, list[Perturbed], Any]:
         """The batch, what candidates do, and that against gradient and columns, `[1 + K, N, C]`."""
@@ -190,9 +190,9 @@ class Passes:
         x, y, weights = batch
         captured = observe(self._graph, x)
         tangents: dict = {}
-        _add_tangents(tangents, captured, groups, thetas)
+        _add_tangents(tangents, groups, thetas, perturb_all(captured, groups, thetas, fresh=False))
         _, pushed = push_forward(self._graph, self._loss.heads, x, tangents)
-        logits = self._logits(x, captured)
+        logits = self._logits(x, captured.values)
         gradients = self._loss.gradient(y, logits, weights)
         slopes = [tf.reduce_sum(g * v) for g, v in zip(gradients, pushed, strict=True)]
         curvature = self._loss.quadratic(y, logits, pushed, weights)
@@ -318,9 +318,8 @@ def tensors(arrays: Arrays) -> dict[str, Any]:
     return {name: tf.constant(value, tf.float32) for name, value in arrays.items()}
 
 
-def _add_tangents(tangents: dict, captured: Capture, groups, thetas) -> None:
+def _add_tangents(tangents: dict, groups, thetas, perturbed) -> None:
     """Adds what all candidates of some groups perturb, by tap."""
-    perturbed = perturb_all(captured, groups, thetas, fresh=False)
     for group, theta, effect in zip(groups, thetas, perturbed, strict=True):
         for tap, value in group.morphism.tangents(group, theta, effect).items():
             tangents[tap] = tangents[tap] + value if tap in tangents else value

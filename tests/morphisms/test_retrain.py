@@ -170,6 +170,18 @@ def test_what_only_a_new_unit_can_do_stays_when_the_weights_are_settled():
     assert abs(of_copy) < 0.2 * abs(of_new)
 
 
+def test_checks_of_a_settled_score_start_from_the_settled_loss():
+    """New units that hardly do anything are corrected by hardly anything."""
+    model, data = half_trained()
+    estimator = estimator_of(model)
+    assert estimator.settle(data, data) < -0.1
+    tiny = [
+        get("add").scaled(c, 1e-3) for c in estimator.learn(copies_of_units(model), data, steps=0)
+    ]
+    checked = estimator.score(tiny, data, checks=4)
+    np.testing.assert_allclose(checked, estimator.score(tiny, data), atol=1e-3)
+
+
 def test_frozen_layers_and_wide_ones_are_left_out(monkeypatch):
     model = valid_convolutions()
     model.get_layer("conv1").trainable = False
