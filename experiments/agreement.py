@@ -91,7 +91,6 @@ def run_cell(cell: Cell) -> dict[str, Any]:
     }
     if cell.what == SCORES:
         result |= {"units": units_for(cell, data), "scores": scores_of(model, data, cell)}
-    cell.path.parent.mkdir(parents=True, exist_ok=True)
     reports.write_json(cell.path, result)
     return result
 
@@ -101,7 +100,7 @@ def units_for(cell: Cell, data: Any) -> list[int]:
     from experiments import training
 
     def params(widths: Sequence[int]) -> int:
-        return training.seed_network(cell.settings["model"], data, widths, 0).count_params()
+        return training.params_of(cell.settings["model"], data, widths)
 
     base = params(cell.shape)
     wider = [

@@ -142,7 +142,6 @@ def finish(cell: Cell, trained: Any, epochs: int) -> dict[str, Any]:
         "events": [event.to_json() for event in trained.events],
         "history": trained.history,
     }
-    cell.path.parent.mkdir(parents=True, exist_ok=True)
     reports.write_json(cell.path, result)
     return result
 

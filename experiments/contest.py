@@ -109,7 +109,6 @@ def run_cell(cell: Cell, grown: Mapping[str, Any] | None) -> dict[str, Any]:
         widths = _template(cell, data) if grown is None else list(grown["widths"].values())
         trained = _from_scratch(cell, data, widths, grown, clock)
     result = _outcome(cell, trained, clock, len(data.x_train))
-    cell.path.parent.mkdir(parents=True, exist_ok=True)
     write_json(cell.path, result)
     return result
 

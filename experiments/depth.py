@@ -94,7 +94,6 @@ def run_cell(cell: Cell) -> dict[str, Any]:
         "depth": cell.depth, "family": cell.family, "seed": cell.seed, "settings": cell.key,
         "params": model.count_params(), "readings": readings,
     }  # fmt: skip
-    cell.path.parent.mkdir(parents=True, exist_ok=True)
     reports.write_json(cell.path, result)
     return result
 

@@ -70,7 +70,8 @@ def run_directory(target: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Writes indented JSON, replacing the file as a whole."""
+    """Writes indented JSON, replacing the file as a whole; makes its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(json.dumps(data, indent=1) + "\n")
     os.replace(temporary, path)

@@ -129,8 +129,7 @@ class Widths:
         )
 
     def _params(self, widths: Sequence[int]) -> int:
-        shape, classes = self._data.input_shape, self._data.num_classes
-        return int(models.build(self._name, shape, classes, list(widths), 0).count_params())
+        return training.params_of(self._name, self._data, widths)
 
 
 def search(

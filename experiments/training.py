@@ -118,6 +118,12 @@ def seed_network(
     return tfgrow.convert(stock)
 
 
+def params_of(name: str, data: Dataset, widths: Sequence[int]) -> int:
+    """Parameters of a network of `experiments.models` of some widths."""
+    stock = models.build(name, data.input_shape, data.num_classes, list(widths), seed=0)
+    return int(stock.count_params())
+
+
 def open_widths(model: keras.Model) -> dict[str, int]:
     """Units of every site that can grow, channels or heads, in the order of the network."""
     return {site.name: site.units for site in tfgrow.find_sites(model) if site.resizable}

@@ -93,7 +93,6 @@ def run_cell(cell: Cell) -> dict[str, Any]:
     build = specimen.architectures()[cell.model]
     examined = specimen.Specimen(build, cell.settings, SAME).examine()
     result = {"model": cell.model, "settings": dict(cell.settings), **examined}
-    cell.path.parent.mkdir(parents=True, exist_ok=True)
     reports.write_json(cell.path, result)
     return result
 
