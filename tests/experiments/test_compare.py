@@ -26,6 +26,10 @@ def options(*arguments):
     return values
 
 
+# The tests of one group run in one process: it is swept once.
+ONE_SWEEP = pytest.mark.xdist_group("compare")
+
+
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory):
     """All cells of a tiny comparison, in this process, whose threads other tests share."""
@@ -59,6 +63,7 @@ def test_cells_are_seed_by_seed_and_what_they_need_comes_first():
     assert len({cell.path for cell in cells}) == len(cells)
 
 
+@ONE_SWEEP
 def test_every_cell_is_within_its_budget_and_of_the_widths_that_were_found(swept):
     _, cells = swept
     for cell in cells:
@@ -85,6 +90,7 @@ def test_every_cell_is_within_its_budget_and_of_the_widths_that_were_found(swept
         assert sum(curve["seconds"]) == pytest.approx(found["seconds"], rel=0.5)
 
 
+@ONE_SWEEP
 def test_same_flops_and_same_time_are_those_of_the_grown(swept):
     _, cells = swept
     by_claim = {(c.claim, c.seed): kept(c) for c in cells if c.method == "gauss_newton"}
@@ -96,6 +102,7 @@ def test_same_flops_and_same_time_are_those_of_the_grown(swept):
         assert by_claim["same_time", seed]["epochs"] > 3, "growing takes time besides training"
 
 
+@ONE_SWEEP
 def test_training_flops_are_three_forward_passes_of_what_the_network_was(swept):
     _, cells = swept
     for cell in cells:
@@ -106,6 +113,7 @@ def test_training_flops_are_three_forward_passes_of_what_the_network_was(swept):
         assert set(steps) <= {flops / (3 * samples) for flops in found["by_epoch"]["flops"]}
 
 
+@ONE_SWEEP
 def test_the_template_scales_all_widths_alike_and_fills_the_budget(swept):
     _, cells = swept
     for cell in cells:
@@ -115,6 +123,7 @@ def test_the_template_scales_all_widths_alike_and_fills_the_budget(swept):
             assert kept(cell)["params"] > 450 - 80, "one more unit would cost 64 + 10 + ..."
 
 
+@ONE_SWEEP
 def test_finished_cells_are_not_run_again(swept, monkeypatch, capsys):
     folder, cells = swept
 
@@ -134,6 +143,7 @@ def test_finished_cells_are_not_run_again(swept, monkeypatch, capsys):
         compare.sweep(other)
 
 
+@ONE_SWEEP
 def test_tables_follow_from_the_csv_alone(swept, tmp_path):
     folder, cells = swept
     results = standings.collect(folder)

@@ -22,7 +22,7 @@ from tfgrow.morphisms.registry import get
 from tfgrow.surgery import optimizer as slots
 from tfgrow.surgery import rebuild
 
-FEW, MANY = 4, 20
+FEW, MANY = 4, 14
 SLOWNESS = {"estimate": 2}  # what is traced takes its time
 
 WIDENINGS = st.lists(st.tuples(st.integers(0, 9), st.integers(1, 2)), min_size=1, max_size=3)
