@@ -7,10 +7,12 @@ Each layer of a network is widened by as many units as --spend of its parameters
 one of these networks is trained from the start. How much lower their validation loss is says where
 capacity is missing. Beside it stands what new units of each layer would bring at the network as it
 is after --after epochs: now, and beyond what training its weights would bring (`settled`, once and
-twice; see `GaussNewtonEstimator.settle`). The rank correlation of the two is what a score is worth:
-counted by the unit, and by the parameter.
+twice; see `GaussNewtonEstimator.settle`); and what the units that are there would be missed by, on
+average (`worth`). The rank correlation of the two is what a score is good for: counted by the unit,
+and by the parameter.
 
-Every training is a cell in a process of its own, kept under --results_dir.
+Every training is a cell in a process of its own, kept under --results_dir; --docs is a page of what
+they say.
 """
 
 from __future__ import annotations
@@ -33,6 +35,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 BASE, SCORES = "base", "scores"
 SETTLED = ("now", "settled", "settled twice")
+WORTH = "worth"
+NAMES = (*SETTLED, WORTH)
 COMMON = (
     "dataset", "model", "data_dir", "max_train", "epochs", "after", "spend", "new_units", "steps",
     "batch_size", "learning_rate", "optimizer", "threads", "results_dir",
@@ -110,7 +114,10 @@ def units_for(cell: Cell, data: Any) -> list[int]:
 
 
 def scores_of(model: Any, data: Any, cell: Cell) -> dict[str, list[float]]:
-    """By how often the weights were settled: what the best new unit of each layer would bring."""
+    """By how often the weights were settled: what the best new unit of each layer would bring.
+
+    And what a unit of each layer is worth.
+    """
     import tfgrow
     from experiments import training
 
@@ -126,10 +133,22 @@ def scores_of(model: Any, data: Any, cell: Cell) -> dict[str, list[float]]:
         every = tfgrow.candidates(model, "add", new_units=settings["new_units"], seed=cell.seed)
         learned = estimator.learn(every, [*first, *second], settings["steps"])
         gains = -estimator.interaction(learned, judge_on).scores
-        of = [candidate.site.name for candidate in learned]
-        found[name] = [float(max(g for g, s in zip(gains, of, strict=True) if s == site))
-                       for site in sites]  # fmt: skip
+        found[name] = [max(some) for some in _by_site(gains, learned, sites)]
+    trained = tfgrow.GaussNewtonEstimator(
+        model, curvature="sampled", seed=cell.seed, at_minimum=True
+    )
+    learned = trained.learn(tfgrow.candidates(model, "prune"), first, 0)
+    losses = trained.interaction(learned, judge_on).scores
+    found[WORTH] = [float(np.mean(some)) for some in _by_site(losses, learned, sites)]
     return found
+
+
+def _by_site(values: Any, candidates: Sequence[Any], sites: Sequence[str]) -> list[list[float]]:
+    """What is said of some candidates, site by site."""
+    return [
+        [float(v) for v, one in zip(values, candidates, strict=True) if one.site.name == site]
+        for site in sites
+    ]
 
 
 COLUMNS = ("network", "seeds", "score", "by the unit", "by the parameter")
@@ -148,7 +167,7 @@ def rows_of(results: Mapping[tuple[int, ...], Mapping[int, Mapping[str, Any]]]) 
         truth = np.mean([true_gains(cells, len(shape)) for cells in by_seed.values()], axis=0)
         seeds = list(by_seed.values())
         units = np.array(seeds[0][SCORES]["units"])
-        for name in SETTLED:
+        for name in NAMES:
             scores = np.mean([cells[SCORES]["scores"][name] for cells in seeds], axis=0)
             matches = (spearman(scores, truth), spearman(scores * units, truth))
             rows.append(
@@ -163,7 +182,7 @@ def true_gains(cells: Mapping[str, Any], layers: int) -> list[float]:
     return [base - cells[str(number)]["val_loss"] for number in range(layers)]
 
 
-GAINS = ("network", "layer", "units more", "lower validation loss", *SETTLED)
+GAINS = ("network", "layer", "units more", "lower validation loss", *NAMES)
 
 
 def gains_of(results: Mapping[tuple[int, ...], Mapping[int, Mapping[str, Any]]]) -> list[list[Any]]:
@@ -177,11 +196,47 @@ def gains_of(results: Mapping[tuple[int, ...], Mapping[int, Mapping[str, Any]]])
         for number, units in enumerate(scores[0]["units"]):
             estimated = [
                 tables.mean_std([one["scores"][name][number] for one in scores], 4)
-                for name in SETTLED
+                for name in NAMES
             ]
             true = tables.mean_std([one[number] for one in truth], 4)
             rows.append(["-".join(map(str, shape)), number + 1, f"+{units}", true, *estimated])
     return rows
+
+
+PAGE = """# Do scores point where capacity is missing?
+
+Made by `python -m experiments.agreement` from its cells; don't edit by hand.
+
+Each layer of a network is widened until the network has {spend:.0%} more parameters, and trained
+from the start ({epochs} epochs of {dataset}): by how much lower its validation loss is than that of
+the network itself says where capacity is missing. Beside it stands what can be known of the network
+after {after} epochs. `now`: by how much the loss would fall at once by the best of {new_units} new
+units. `settled`: the same beyond what a Gauss-Newton step of the weights there are would bring,
+taken once or twice. `worth`: by how much the loss would rise if one of the layer's units went, the
+others standing in for it, on average, with the gradient left out. All are by the unit.
+
+{gains}
+
+Spearman's rank correlation of these with what training made of it, by the unit and for equally many
+parameters in every layer:
+
+{correlations}
+"""
+
+
+def write_page(path: Path, results: Mapping[tuple[int, ...], Mapping[int, Any]]) -> None:
+    """Writes both tables as Markdown."""
+    from experiments import tables
+
+    settings = next(iter(next(iter(results.values())).values()))[BASE]["settings"]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(
+        PAGE.format(
+            **settings,
+            gains=tables.markdown(GAINS, gains_of(results)),
+            correlations=tables.markdown(COLUMNS, rows_of(results)),
+        )
+    )
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
@@ -201,6 +256,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
         ("data_dir", None, "Where TensorFlow Datasets keeps its data."),
         ("results_dir", "experiments/results/agreement", "Where the cells are kept."),
         ("optimizer", "adam", "Optimizer."),
+        ("docs", "docs/agreement.md", "The page to write; empty for none."),
     ):
         flags.DEFINE_string(name, text_default, text, flag_values=values)
     for name, number, text, least in (
@@ -216,7 +272,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
         flags.DEFINE_integer(name, number, text, least, flag_values=values)
     for name, amount, text in (
         ("learning_rate", 3e-3, "At the start; it falls to 0, but not for the scores."),
-        ("spend", 0.2, "Parameters that a layer gets, relative to those of the network."),
+        ("spend", 0.4, "Parameters that a layer gets, relative to those of the network."),
     ):
         flags.DEFINE_float(name, amount, text, 1e-9, flag_values=values)
 
@@ -251,6 +307,8 @@ def main(arguments: list[str]) -> None:
             progress(number + 1, len(cells))
     tables.show(GAINS, gains_of(results))
     tables.show(COLUMNS, rows_of(results))
+    if flags.FLAGS.docs:
+        write_page(Path(flags.FLAGS.docs), results)
 
 
 if __name__ == "__main__":

@@ -179,8 +179,8 @@ def recipe_of(cell: Seeded, epochs: int) -> Any:
     """How a cell is trained for so many epochs."""
     from experiments import training
 
-    names = ("batch_size", "learning_rate", "optimizer")
-    chosen = {name: cell.settings[name] for name in names}
+    names = ("batch_size", "learning_rate", "optimizer", "fall")
+    chosen = {name: cell.settings[name] for name in names if name in cell.settings}
     return training.Recipe(epochs=epochs, seed=cell.seed, **chosen)
 
 
@@ -226,8 +226,10 @@ def _from_scratch(cell: Cell, data: Any, grown: Mapping[str, Any]) -> tuple[Any,
     return trained, len(trained.history["loss"])
 
 
-def until_time_is_up(seconds: float, learning_rate: float) -> Any:
+def until_time_is_up(seconds: float, learning_rate: float, fall: float = 1.0) -> Any:
     """A callback that stops a fit after so many seconds, the learning rate falling to 0 by then.
+
+    It falls over the share `fall` of them, at the end.
 
     By the clock, not by a number of epochs guessed beforehand: how long an epoch takes varies.
     """
@@ -239,6 +241,7 @@ def until_time_is_up(seconds: float, learning_rate: float) -> Any:
 
         def on_train_batch_begin(self, batch, logs=None):
             share = min(1.0, (time.perf_counter() - self._started) / seconds)
+            share = max(0.0, (share - (1 - fall)) / fall)
             rate = learning_rate * 0.5 * (1 + math.cos(math.pi * share))
             self.model.optimizer.learning_rate = rate
 

@@ -54,7 +54,8 @@ METHODS = (
 COMMON = (
     "data_dir", "max_train", "widths", "augment", "epochs", "every", "settle", "rounds",
     "growth_per_step", "ema_momentum", "morphisms", "new_units", "curvature", "score",
-    "cost_exponent", "batch_size", "learning_rate", "optimizer", "threads", "results_dir",
+    "cost_exponent", "batch_size", "learning_rate", "fall", "optimizer", "threads",
+    "results_dir",
 )  # fmt: skip
 
 
@@ -117,6 +118,10 @@ def define_common_flags(values: flags.FlagValues) -> None:
     ):
         flags.DEFINE_float(name, share, text, 0.0, flag_values=values)
     flags.DEFINE_float(
+        "fall", 1.0, "Share of the epochs, at the end, over which the learning rate falls.",
+        0.01, 1.0, flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_float(
         "ema_momentum", 0.0, "Of the average of the weights at which networks grow; 0 for none.",
         0.0, 1.0, flag_values=values,
     )  # fmt: skip
@@ -125,8 +130,9 @@ def define_common_flags(values: flags.FlagValues) -> None:
         flag_values=values,
     )  # fmt: skip
     flags.DEFINE_enum(
-        "score", "raw", ("raw", "marginal"), "What gauss_newton goes by.", flag_values=values
-    )
+        "score", "raw", ("raw", "marginal", "worth"), "What gauss_newton goes by.",
+        flag_values=values,
+    )  # fmt: skip
     flags.DEFINE_enum(
         "curvature", "sampled", ("auto", "exact", "sampled", "empirical"),
         "Curvature of gauss_newton's estimates.", flag_values=values,

@@ -211,7 +211,8 @@ def _from_scratch(
         recipe = recipe_of(cell, max(1, round(grown["training_flops"] / per_epoch)))
     elif cell.claim == SAME_TIME:
         assert grown is not None
-        callbacks.append(until_time_is_up(grown["seconds"], settings["learning_rate"]))
+        rate, fall = settings["learning_rate"], settings["fall"]
+        callbacks.append(until_time_is_up(grown["seconds"], rate, fall))
         recipe = dataclasses.replace(recipe_of(cell, training.ENDLESS), decay="constant")
     return training.train(model, data, recipe, callbacks)
 

@@ -42,6 +42,7 @@ class Recipe:
       seed: of everything random.
       restart: with `"cosine"`, the epoch after which the learning rate, fallen to 0, starts again;
         None is falling only once.
+      fall: with `"cosine"`, the share of the epochs, at the end, over which it falls.
     """
 
     epochs: int
@@ -51,6 +52,7 @@ class Recipe:
     decay: str = "cosine"
     seed: int = 0
     restart: int | None = None
+    fall: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,7 +270,8 @@ def _optimizer(recipe: Recipe, steps_per_epoch: int) -> keras.optimizers.Optimiz
             longer = (recipe.epochs - recipe.restart) / recipe.restart
             rate = decays.CosineDecayRestarts(rate, steps, t_mul=longer)
         else:
-            rate = decays.CosineDecay(rate, steps)
+            level = steps - max(1, round(recipe.fall * steps))
+            rate = decays.CosineDecay(rate, steps - level, warmup_target=rate, warmup_steps=level)
     return OPTIMIZERS[recipe.optimizer](rate)
 
 

@@ -163,6 +163,41 @@ def test_score_interaction_and_joint_change_say_the_same():
     assert interaction.change([]) == 0.0
 
 
+def test_several_datasets_are_as_one_by_one_and_traced_once(monkeypatch):
+    model = by_name("perceptron").model()
+    first, second = (regression_data(model, n) for n in (16, 9))
+    candidates = with_random_phi(tfgrow.candidates(model, new_units=1))
+    apart = [estimator_of(model).interaction(candidates, data) for data in (first, second)]
+    traces, trace = [], tfgrow.GaussNewtonEstimator._trace
+    monkeypatch.setattr(
+        tfgrow.GaussNewtonEstimator,
+        "_trace",
+        lambda *arguments: traces.append(1) or trace(*arguments),
+    )
+    together = estimator_of(model).interactions(candidates, [first, second])
+    assert len(traces) == 1
+    for one, other in zip(apart, together, strict=True):
+        np.testing.assert_array_equal(one.linear, other.linear)
+        np.testing.assert_array_equal(one.gram, other.gram)
+
+
+def test_at_a_minimum_only_the_curvature_counts():
+    model = by_name("perceptron").model()
+    data = regression_data(model, 16)
+    candidates = with_random_phi(tfgrow.candidates(model, new_units=2))
+    here = estimator_of(model).interaction(candidates, data)
+    flat = estimator_of(model, at_minimum=True)
+    there = flat.interaction(candidates, data)
+    assert np.abs(here.linear).max() > 1e-3
+    assert not there.linear.any()
+    np.testing.assert_allclose(there.gram, here.gram, rtol=1e-5)
+    np.testing.assert_allclose(there.scores, 0.5 * np.diag(here.gram), rtol=1e-5)
+    assert flat.joint_change(candidates, data) == pytest.approx(there.change(), rel=1e-3)
+    # nothing is to be gained there, and so new units stay silent
+    learned = flat.learn(tfgrow.candidates(model, "add"), data, steps=0)
+    assert not any(one.theta["phi/0"].any() for one in learned)
+
+
 def test_batches_do_not_matter():
     """Sums over batches of any size are those of the whole, and of the mean per sample."""
     model = one_hidden_layer()

@@ -30,12 +30,16 @@ fold_in = tf.random.experimental.stateless_fold_in
 
 
 class Passes:
-    """The passes for one model and loss, over batches that `TotalLoss.arranged` has seen."""
+    """The passes for one model and loss, over batches that `TotalLoss.arranged` has seen.
 
-    def __init__(self, graph: Graph, loss: TotalLoss, draws: int):
+    With `at_minimum` the gradient is taken for zero.
+    """
+
+    def __init__(self, graph: Graph, loss: TotalLoss, draws: int, at_minimum: bool = False):
         self._graph = graph
         self._loss = loss
         self._draws = draws
+        self._at_minimum = at_minimum
         self._settled: list[tuple[Sequence[Group], list[Arrays]]] = []
 
     def settle(self, groups: Sequence[Group], thetas: Sequence[Arrays]) -> None:
@@ -65,7 +69,7 @@ class Passes:
         """One batch with gradient and columns at the taps."""
         x, y, weights = batch
         reused = self._loss.column_of_gradient
-        return capture(
+        captured = capture(
             self._graph,
             self._loss.heads,
             x,
@@ -75,6 +79,7 @@ class Passes:
             reuse_gradient=None if reused is None else lambda g: reused(g, weights[0]),
             moved_by=self._moved_by(x),
         )
+        return captured.without_gradient() if self._at_minimum else captured
 
     def loss(self, batch) -> Any:
         """Sum of the weighted losses of a batch, and the number of its samples."""
@@ -195,8 +200,9 @@ class Passes:
         logits = self._logits(x, captured.values)
         gradients = self._loss.gradient(y, logits, weights)
         slopes = [tf.reduce_sum(g * v) for g, v in zip(gradients, pushed, strict=True)]
+        slope = 0.0 if self._at_minimum else sum(slopes[1:], slopes[0])
         curvature = self._loss.quadratic(y, logits, pushed, weights)
-        return sum(slopes[1:], slopes[0]) + 0.5 * curvature, _count(weights)
+        return slope + 0.5 * curvature, _count(weights)
 
     def learn(self, batch, seed, groups: Sequence[Group], parameters: Parameters, adam, sums, rate):
         """One learning step of all candidates on a batch.

@@ -10,7 +10,7 @@ from tests.experiments.here import spare_the_process
 
 TINY = (
     "--dataset=digits", "--model=mlp", "--shapes=3-6", "--max_train=300", "--epochs=2", "--after=1",
-    "--new_units=1", "--steps=2", "--seeds=1", "--threads=1",
+    "--new_units=1", "--steps=2", "--seeds=1", "--threads=1", "--spend=0.2",
 )  # fmt: skip
 
 
@@ -33,11 +33,16 @@ def test_cells_train_and_score(tmp_path, monkeypatch):
         spent = found[str(number)]["params"] - base
         assert 0 < spent / more < 2 * 0.2 * base
         assert abs(spent - 0.2 * base) <= spent / more, "a unit more or less"
-    assert set(found["scores"]["scores"]) == set(agreement.SETTLED)
+    assert set(found["scores"]["scores"]) == set(agreement.NAMES)
     assert all(len(row) == 2 for row in found["scores"]["scores"].values())
     results = {cells[0].shape: {0: found}}
-    assert [row[2] for row in agreement.rows_of(results)] == list(agreement.SETTLED)
+    assert [row[2] for row in agreement.rows_of(results)] == list(agreement.NAMES)
     assert [row[1] for row in agreement.gains_of(results)] == [1, 2]
+    assert min(found["scores"]["scores"]["worth"]) > 0
+    agreement.write_page(tmp_path / "docs" / "page.md", results)
+    page = (tmp_path / "docs" / "page.md").read_text()
+    assert "has 20% more parameters" in page
+    assert all(page.count(f"| 3-6 | 1 | {name} |") == 1 for name in agreement.NAMES)
 
 
 def test_units_cost_about_the_same_in_every_layer():
@@ -53,7 +58,7 @@ def test_a_score_by_the_unit_is_not_one_by_the_parameter():
         **{str(number): {"val_loss": 2.0 - gain} for number, gain in enumerate((0.1, 0.3, 0.2))},
         "scores": {
             "units": [20, 1, 4],
-            "scores": {name: [0.1, 0.4, 0.3] for name in agreement.SETTLED},
+            "scores": {name: [0.1, 0.4, 0.3] for name in agreement.NAMES},
         },
     }
     (row, *_) = agreement.rows_of({(3, 3, 3): {0: cells}})

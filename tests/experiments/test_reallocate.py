@@ -53,6 +53,9 @@ def test_learning_rate_falls_twice():
     rate = training._optimizer(recipe, steps_per_epoch=10)._learning_rate
     assert [float(rate(step)) for step in (0, 15, 30, 40)] == pytest.approx([0.1, 0.05, 0.1, 0.05])
     assert max(float(rate(29)), float(rate(49))) < 1e-3
+    late = training._optimizer(training.Recipe(5, 1, 0.1, fall=0.4), steps_per_epoch=10)
+    rates = [float(late._learning_rate(step)) for step in (0, 15, 30, 40, 50)]
+    assert rates == pytest.approx([0.1, 0.1, 0.1, 0.05, 0.0])
     once = training._optimizer(training.Recipe(5, 1, 0.1), steps_per_epoch=10)._learning_rate
     assert [float(once(step)) for step in (0, 25, 50)] == pytest.approx([0.1, 0.05, 0.0])
 

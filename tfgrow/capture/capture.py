@@ -37,6 +37,14 @@ class Capture:
     cotangents: Mapping[Tap, Any]
     logits: Sequence[Any] = ()
 
+    def without_gradient(self) -> Capture:
+        """The same at a minimum of the loss: the gradient is zero, the columns are as they are."""
+        flat = {
+            tap: tf.concat([tf.zeros_like(c[:1]), c[1:]], axis=0)
+            for tap, c in self.cotangents.items()
+        }
+        return dataclasses.replace(self, cotangents=flat)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Head:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -21,13 +21,13 @@ from tfgrow.graph.nodes import trace
 from tfgrow.graph.sites import Site, sites_of
 from tfgrow.morphisms.base import Candidate
 from tfgrow.morphisms.registry import apart, get, joint_cost, new_widths, open_sites, several
-from tfgrow.morphisms.registry import candidates as make_candidates
 from tfgrow.oracle.base import GrowthOracle
 from tfgrow.oracle.data import GrowthData, check_size, split_data
-from tfgrow.oracle.selection import Group, Limits, select
+from tfgrow.oracle.selection import Group, Limits, exclusion_ids, select
+from tfgrow.oracle.worth import allocate, most_units, pick, worth_of_units
 from tfgrow.types import Cost, Interaction, Plan
 
-SCORES = ("raw", "marginal")
+SCORES = ("raw", "marginal", "worth")
 
 SETTLING_SHARE = 0.6
 """Of the batches to learn on, so many tell the step of the weights there are, others its length."""
@@ -60,7 +60,9 @@ class GaussNewtonOracle(GrowthOracle):
       score: `"raw"` goes by what an edit would do to the loss now; `"marginal"` by what it would do
         beyond what training the weights that are there would bring anyway (see
         `GaussNewtonEstimator.settle`; cf. Verbockhaven et al. 2024), and applies what is chosen at
-        the lengths that are best together now.
+        the lengths that are best together now. `"worth"` adds units where those that are there are
+        worth most for what they cost, whatever new ones change at once (see
+        `tfgrow.oracle.worth`).
       cost_exponent: gains are compared per cost to the power of this, from 0 (as they are) to 1
         (per parameter).
       growth_per_step: a fraction is the most parameters one step may add, relative to those the
@@ -122,6 +124,11 @@ class GaussNewtonOracle(GrowthOracle):
                 f"score='marginal' needs edits that can be applied in part; {whole} can't. Leave "
                 "them out, or use score='raw'."
             )
+        if score == "worth" and others:
+            raise ValueError(
+                f"score='worth' says where single units are to be added; {others} do something "
+                "else. Leave them out, or use score='raw'."
+            )
         self.score = score
         self.cost_exponent = cost_exponent
         self.curvature = curvature
@@ -161,36 +168,38 @@ class GaussNewtonOracle(GrowthOracle):
         clock = _Clock()
         parts = self.split(data)
         graph = trace(model)
-        sites = self.open_sites(sites_of(model, graph))
-        costs = CostModel(graph, sites)
-        wanted = self.site_names([site.names for site in sites])
-        smallest = min((cost.params for cost in self._smallest(sites, costs)), default=0)
+        every = self.open_sites(sites_of(model, graph))
+        costs = CostModel(graph, every)
+        names = set(self.site_names([site.names for site in every]))
+        smallest = min((cost.params for cost in self._smallest(every, costs)), default=0)
         limits = self.limits(model.count_params(), costs.base.flops, smallest)
-        seed = self.next_seed()
-        every = make_candidates(model, self.morphisms, wanted, self.new_units, seed)
+        sites = [site for site in every if site.name in names]
+        step = _Step(model, sites, costs, limits, parts, self.next_seed(), clock, progress)
+        return self._by_worth(step) if self.score == "worth" else self._by_gain(step)
+
+    def _by_gain(self, step: _Step) -> Plan:
+        """What is estimated to change the loss most for its cost, now or beyond training."""
+        clock, parts, limits = step.clock, step.parts, step.limits
+        every = self._candidates(step, dict.fromkeys(step.names, self.new_units))
         candidates = [c for c in every if self._removes or limits.allow(c.cost)]
         if not candidates:
-            costs_alone = [candidate.cost for candidate in every]
-            reason = _why_none(costs_alone, limits)
+            reason = _why_none([candidate.cost for candidate in every], limits)
             return Plan((), 0.0, Cost(), {}, clock.seconds, reason=reason)
-        estimator = GaussNewtonEstimator(model, curvature=self.curvature, seed=seed)
+        estimator = self._estimator(step)
         clock.lap("prepare")
         if self.score == "marginal":
             estimator.settle(*_parted(parts.learn))
             clock.lap("settle")
-        learned = estimator.learn(
-            candidates, parts.learn, self.learn_steps, self.learning_rate, progress=progress
-        )
-        clock.lap("learn")
+        learned = self._learned(estimator, candidates, step)
         interaction = self.interaction(estimator, learned, parts.score)
         clock.lap("score")
         selection = select(
             interaction,
             groups=[_group(candidate) for candidate in learned],
-            widths=_units(sites),
-            cost_of=lambda chosen: joint_cost(costs, [learned[i] for i in chosen]),
+            widths={site.name: site.units for site in step.sites},
+            cost_of=lambda chosen: joint_cost(step.costs, [learned[i] for i in chosen]),
             limits=limits,
-            tie_break_seed=seed,
+            tie_break_seed=step.seed,
             conflicts=_conflicts(learned),
             least_lengths=_least_lengths(learned) if self.score == "marginal" else None,
         )
@@ -198,33 +207,60 @@ class GaussNewtonOracle(GrowthOracle):
         chosen = tuple(learned[i] for i in selection.indices)
         estimated = selection.estimated_change
         if self.score == "marginal" and chosen:
-            chosen = self._lengthened(model, chosen, parts, seed)
-            estimated = self.estimate(model, chosen, parts.score) or 0.0
+            # what was learned for settled weights may point uphill now
+            here = self._estimator(step).interaction(chosen, _parted(parts.learn)[1])
+            chosen = _at_lengths(chosen, here)[0]
+            estimated = self.estimate(step.model, chosen, parts.score) or 0.0
             clock.lap("lengths")
-        return Plan(
-            candidates=chosen,
-            estimated_change=estimated,
-            cost=selection.cost,
-            widths=new_widths(chosen),
-            seconds=clock.seconds,
-            reason=selection.reason,
-        )
+        return _plan(chosen, estimated, step, selection.reason)
 
-    def _lengthened(
-        self, model: keras.Model, chosen: Sequence[Candidate], parts: GrowthData, seed: int
-    ) -> tuple[Candidate, ...]:
-        """Candidates at the lengths that are best together for the network as it is now.
+    def _by_worth(self, step: _Step) -> Plan:
+        """As many units as are wanted where units are worth most, whatever they change now."""
+        clock, parts = step.clock, step.parts
+        most = {site.name: most_units(site, self.morphisms) for site in step.sites}
+        worth = worth_of_units(self._estimator(step, at_minimum=True), step.sites, parts)
+        wanted, reason = allocate(worth, step.sites, step.costs, step.limits, most)
+        clock.lap("worth")
+        if not wanted:
+            return Plan((), 0.0, Cost(), {}, clock.seconds, reason=reason)
+        estimator = self._estimator(step)
+        learned = self._learned(estimator, self._candidates(step, wanted), step)
+        here, there = estimator.interactions(learned, [_parted(parts.learn)[1], parts.score])
+        clock.lap("score")
+        least, exclusive = _least_lengths(learned), _exclusive(learned)
+        indices = pick(here, [one.site.name for one in learned], wanted, least, exclusive)
+        chosen, lengths = _at_lengths([learned[i] for i in indices], here.of(indices))
+        clock.lap("select")
+        return _plan(chosen, there.of(indices).at(lengths).change(), step, reason)
 
-        What was learned for settled weights may point uphill now.
-        """
-        estimator = GaussNewtonEstimator(model, curvature=self.curvature, seed=seed)
-        lengths = estimator.interaction(chosen, _parted(parts.learn)[1]).best_lengths()
-        lengths = np.clip(lengths, _least_lengths(chosen), 1.0)
-        scaled = [
-            get(candidate.morphism).scaled(candidate, float(length))
-            for candidate, length in zip(chosen, lengths, strict=True)
+    def _candidates(self, step: _Step, new_units: Mapping[str, int]) -> list[Candidate]:
+        """Every smallest edit, with so many new units by site; of the sites that are named."""
+        found = [
+            candidate
+            for site in step.sites
+            for kind in self.morphisms
+            if site.name in new_units and kind.reason(site) is None
+            for candidate in kind.candidates(site, new_units=new_units[site.name], seed=step.seed)
         ]
-        return tuple(one for one in scaled if one is not None)
+        return [one.replace(cost=joint_cost(step.costs, [one])) for one in found]
+
+    def _learned(
+        self, estimator: GaussNewtonEstimator, candidates: Sequence[Candidate], step: _Step
+    ) -> list[Candidate]:
+        learned = estimator.learn(
+            candidates,
+            step.parts.learn,
+            self.learn_steps,
+            self.learning_rate,
+            progress=step.progress,
+        )
+        step.clock.lap("learn")
+        return learned
+
+    def _estimator(self, step: _Step, at_minimum: bool = False) -> GaussNewtonEstimator:
+        return GaussNewtonEstimator(
+            step.model, curvature=self.curvature, seed=step.seed, at_minimum=at_minimum
+        )
 
     def interaction(
         self, estimator: GaussNewtonEstimator, learned: Sequence[Candidate], batches: Any
@@ -294,6 +330,18 @@ def _parted(batches: Sequence) -> tuple[Sequence, Sequence]:
     return batches[:most], batches[most:] or batches
 
 
+def _at_lengths(
+    chosen: Sequence[Candidate], interaction: Interaction
+) -> tuple[tuple[Candidate, ...], np.ndarray]:
+    """Candidates at the lengths that are best together, and these lengths."""
+    lengths = np.clip(interaction.best_lengths(), _least_lengths(chosen), 1.0)
+    scaled = [
+        get(candidate.morphism).scaled(candidate, float(length))
+        for candidate, length in zip(chosen, lengths, strict=True)
+    ]
+    return tuple(one for one in scaled if one is not None), lengths
+
+
 class _Clock:
     """Seconds per phase."""
 
@@ -307,6 +355,36 @@ class _Clock:
         self._last = now
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Step:
+    """What one proposal is about."""
+
+    model: keras.Model
+    sites: Sequence[Site]
+    costs: CostModel
+    limits: Limits
+    parts: GrowthData
+    seed: int
+    clock: _Clock
+    progress: Callable[[int, int], None] | None
+
+    @property
+    def names(self) -> list[str]:
+        """Of the sites."""
+        return [site.name for site in self.sites]
+
+
+def _plan(chosen: Sequence[Candidate], estimated: float, step: _Step, reason: str) -> Plan:
+    return Plan(
+        candidates=tuple(chosen),
+        estimated_change=estimated,
+        cost=joint_cost(step.costs, chosen),
+        widths=new_widths(chosen),
+        seconds=step.clock.seconds,
+        reason=reason,
+    )
+
+
 def _group(candidate: Candidate) -> Group:
     """Two edits of one old unit exclude each other; what is new excludes nothing."""
     kind = get(candidate.morphism)
@@ -316,6 +394,12 @@ def _group(candidate: Candidate) -> Group:
         units=kind.units,
         cost_class=(candidate.morphism, kind.group_key(candidate)),
     )
+
+
+def _exclusive(candidates: Sequence[Candidate]) -> np.ndarray:
+    """Which of them can't be applied beside each other, bool `[n, n]`."""
+    same = exclusion_ids([_group(candidate) for candidate in candidates])
+    return apart(candidates) | (same[:, None] == same)
 
 
 def _conflicts(candidates: Sequence[Candidate]) -> np.ndarray | None:
@@ -354,7 +438,3 @@ def _why_none(every: Sequence[Cost], limits: Limits) -> str:
         f"the smallest edit adds {smallest.params} parameters and {smallest.flops} FLOPs, and only "
         f"{' and '.join(left)} may be added"
     )
-
-
-def _units(sites) -> dict[str, int]:
-    return {site.name: site.units for site in sites}

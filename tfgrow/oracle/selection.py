@@ -225,7 +225,7 @@ class _Search:
         self.bundled = (limits.round_to or 1) > 1
         self.priority = np.random.default_rng(tie_break_seed).permutation(len(groups))
         self.available = np.ones(len(groups), dtype=bool)
-        self.exclusive = _exclusion_ids(groups)
+        self.exclusive = exclusion_ids(groups)
         self.conflicts = conflicts
         self.removes = np.array([group.units < 0 for group in groups], dtype=bool)
         self.available &= ~self._emptying(self.widths)
@@ -488,7 +488,7 @@ def _any_match(patterns: Sequence[str], names: Sequence[str]) -> bool:
     return any(p == n or re.fullmatch(p, n) for p in patterns for n in names)
 
 
-def _exclusion_ids(groups: Sequence[Group]) -> np.ndarray:
+def exclusion_ids(groups: Sequence[Group]) -> np.ndarray:
     """An int `[n]`, equal where candidates exclude each other."""
     ids: dict[Hashable, int] = {}
     keys = [(g.site, i if g.excludes is None else (g.excludes,)) for i, g in enumerate(groups)]
