@@ -16,7 +16,10 @@ import numpy as np
 from experiments._extras import require
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+MORE = ("#999999", "#8B4513", "#C5B800")
+"""Colours for a few series more, which their markers tell apart besides."""
+
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
 GREY = "#666666"
 
 

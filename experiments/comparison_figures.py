@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,8 +10,40 @@ from typing import Any
 
 import numpy as np
 
-from experiments._drawing import MARKERS, colors, new_figure, plain_log_ticks, write
+from experiments._drawing import GREY, MARKERS, MORE, PALETTE, new_figure, plain_log_ticks, write
 from experiments.measures import mean_and_std
+
+OURS = "gauss_newton"
+APART = 1.012
+"""Methods of equal size are drawn side by side, each by this factor further to the right."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Style:
+    """How a method is drawn: ours is black and bold.
+
+    Attributes:
+      color, marker, linewidth: as matplotlib takes them.
+      place: among the methods, counted from the middle one.
+    """
+
+    color: str
+    marker: str
+    linewidth: float
+    place: float
+
+
+def styles(methods: Sequence[str]) -> dict[str, Style]:
+    """A style of its own for each method."""
+    others = [color for color in (*PALETTE, *MORE) if color != "#000000"]
+    ours = Style("#000000", "*", 2.4, 0.0)
+    found, number = {}, 0
+    for place, method in enumerate(methods):
+        style = Style(others[number % len(others)], MARKERS[number % len(MARKERS)], 1.4, 0.0)
+        found[method] = ours if method == OURS else style
+        found[method] = dataclasses.replace(found[method], place=place - (len(methods) - 1) / 2)
+        number += method != OURS
+    return found
 
 
 def plot_standings(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> Path:
@@ -24,56 +57,56 @@ def plot_standings(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[st
     claims = ("from_scratch", "grown")
     figure = new_figure(9.0, 3.8 * len(places))
     grid = figure.subplots(len(places), len(claims), squeeze=False)
-    methods = list(dict.fromkeys(row["method"] for row in rows))
+    known = styles(list(dict.fromkeys(row["method"] for row in rows)))
     for line, place in zip(grid, places, strict=True):
         for axes, claim in zip(line, claims, strict=True):
             mine = [
                 row for row in rows
                 if (row["dataset"], row["model"]) == place and row["claim"] == claim
             ]  # fmt: skip
-            for number, (method, color) in enumerate(
-                zip(methods, colors(len(methods)), strict=True)
-            ):
-                _draw_budgets(axes, [r for r in mine if r["method"] == method], color, number)
+            for method, style in known.items():
+                _draw_budgets(axes, [r for r in mine if r["method"] == method], style)
             axes.set_xscale("log")
             if mine:
                 plain_log_ticks(axes, [row["params"] for row in mine])
             axes.set(xlabel="parameters", ylabel="test accuracy (%)")
             axes.set_title(f"{place[0]}, {place[1]}: {claim.replace('_', ' ')}", fontsize=10)
             axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
-    _label_methods(figure, methods)
+    _label_methods(figure, known)
     return write(figure, path)
 
 
-def _draw_budgets(axes: Any, rows: Sequence[Mapping[str, Any]], color: Any, number: int) -> None:
+def _draw_budgets(axes: Any, rows: Sequence[Mapping[str, Any]], style: Style) -> None:
     """A line over the budgets, mean and standard deviation of the seeds."""
     budgets = sorted({row["budget"] for row in rows})
     seeds = [[row for row in rows if row["budget"] == budget] for budget in budgets]
     if seeds:
         summary = np.array([mean_and_std([100 * r["test_accuracy"] for r in s]) for s in seeds])
-        sizes = [np.mean([row["params"] for row in same]) for same in seeds]
-        marker = MARKERS[number % len(MARKERS)]
+        sizes = [np.mean([row["params"] for row in same]) * APART**style.place for same in seeds]
         axes.errorbar(
-            sizes, summary[:, 0], np.nan_to_num(summary[:, 1]), color=color, marker=marker,
-            markersize=5, capsize=3, linewidth=1.4,
+            sizes, summary[:, 0], np.nan_to_num(summary[:, 1]), color=style.color,
+            marker=style.marker, markersize=6, capsize=3, linewidth=style.linewidth,
         )  # fmt: skip
 
 
-def _label_methods(figure: Any, methods: Sequence[str]) -> None:
+def _label_methods(figure: Any, known: Mapping[str, Style], dashed: str = "") -> None:
     from matplotlib.lines import Line2D
 
     handles = [
-        Line2D([], [], color=color, marker=MARKERS[number % len(MARKERS)], label=method)
-        for number, (method, color) in enumerate(zip(methods, colors(len(methods)), strict=True))
-    ]
+        Line2D([], [], color=style.color, marker=style.marker, linewidth=style.linewidth,
+               label=method)
+        for method, style in known.items()
+    ]  # fmt: skip
+    if dashed:
+        handles.append(Line2D([], [], color=GREY, linestyle="--", label=dashed))
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
 
 
 def plot_curves(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> Path:
     """Draws validation accuracy against training FLOPs and against seconds, means over the seeds.
 
-    At each dataset and model's largest budget: every method as grown, and the first of them from
-    scratch, dashed.
+    At each dataset and model's largest budget: every method as grown, and ours (the first, where
+    it is not among them) from scratch, dashed.
 
     Args:
       rows: as in `curves.csv`.
@@ -83,10 +116,13 @@ def plot_curves(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str])
     figure = new_figure(9.0, 3.8 * len(places))
     grid = figure.subplots(len(places), 2, squeeze=False)
     methods = list(dict.fromkeys(r["method"] for r in rows if r["claim"] == "grown"))
+    reference = OURS if OURS in methods else next(iter(methods), "")
+    known = styles(list(dict.fromkeys(r["method"] for r in rows)))
     for line, place in zip(grid, places, strict=True):
         mine = [row for row in rows if (row["dataset"], row["model"]) == place]
         mine = [row for row in mine if row["budget"] == max(r["budget"] for r in mine)]
-        arms = [(m, "grown") for m in methods] + [(methods[0], "from_scratch")] if methods else []
+        arms = [(method, "grown") for method in methods]
+        arms += [(reference, "from_scratch")] if methods else []
         for axes, name, unit in zip(line, ("training_flops", "seconds"), (1e12, 1.0), strict=True):
             for method, claim in arms:
                 same = [r for r in mine if (r["method"], r["claim"]) == (method, claim)]
@@ -98,13 +134,16 @@ def plot_curves(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str])
                 ]  # fmt: skip
                 if means:
                     axes.plot(
-                        *np.transpose(means), color=colors(len(methods))[methods.index(method)],
-                        linestyle="-" if claim == "grown" else "--", linewidth=1.4,
+                        *np.transpose(means), color=known[method].color,
+                        linestyle="-" if claim == "grown" else "--",
+                        linewidth=known[method].linewidth,
                     )  # fmt: skip
             axes.set(xlabel="seconds" if unit == 1.0 else "training TFLOPs")
             axes.set(ylabel="validation accuracy (%)", title=f"{place[0]}, {place[1]}")
             axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
-    _label_methods(figure, methods)
+    _label_methods(
+        figure, {m: known[m] for m in methods}, f"{reference} from scratch" if reference else ""
+    )
     return write(figure, path)
 
 
@@ -121,23 +160,21 @@ def plot_widths(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str])
     places = sorted({(row["dataset"], row["model"]) for row in rows})
     figure = new_figure(8.0, 3.2 * len(places))
     grid = figure.subplots(len(places), 1, squeeze=False)[:, 0]
-    methods = list(dict.fromkeys(row["method"] for row in rows))
+    known = styles(list(dict.fromkeys(row["method"] for row in rows)))
     for axes, place in zip(grid, places, strict=True):
         mine = [row for row in rows if (row["dataset"], row["model"]) == place]
         largest = max(row["budget"] for row in mine)
         mine = [row for row in mine if row["budget"] == largest]
         layers = [pair.split("=")[0] for pair in mine[0]["widths"].split()]
-        for number, (method, color) in enumerate(zip(methods, colors(len(methods)), strict=True)):
+        for method, style in known.items():
             same = [_widths_of(row) for row in mine if row["method"] == method]
             if same:
-                left = np.arange(len(layers)) + (number - (len(methods) - 1) / 2) * (
-                    0.8 / len(methods)
-                )
+                left = np.arange(len(layers)) + style.place * 0.8 / len(known)
                 means = [np.mean([each.get(layer, 0) for each in same]) for layer in layers]
-                axes.bar(left, means, 0.8 / len(methods), color=color)
+                axes.bar(left, means, 0.8 / len(known), color=style.color)
         axes.set_xticks(range(len(layers)), layers)
         axes.set(ylabel="units", title=f"{place[0]}, {place[1]}, at most {largest:,} parameters")
-    _label_methods(figure, methods)
+    _label_methods(figure, known)
     return write(figure, path)
 
 
