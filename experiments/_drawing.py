@@ -17,7 +17,7 @@ from experiments._extras import require
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MORE = ("#999999", "#8B4513", "#C5B800")
-"""Colours for a few series more, which their markers tell apart besides."""
+"""Colours for a few series more."""
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
 GREY = "#666666"

@@ -134,12 +134,9 @@ def scores_of(model: Any, data: Any, cell: Cell) -> dict[str, list[float]]:
         learned = estimator.learn(every, [*first, *second], settings["steps"])
         gains = -estimator.interaction(learned, judge_on).scores
         found[name] = [max(some) for some in _by_site(gains, learned, sites)]
-    trained = tfgrow.GaussNewtonEstimator(
-        model, curvature="sampled", seed=cell.seed, at_minimum=True
-    )
-    learned = trained.learn(tfgrow.candidates(model, "prune"), first, 0)
-    losses = trained.interaction(learned, judge_on).scores
-    found[WORTH] = [float(np.mean(some)) for some in _by_site(losses, learned, sites)]
+    worth = estimator.worth(first, judge_on, sites)
+    most = max((units.mean() for units in worth.values()), default=0.0)  # a lone unit's, as it were
+    found[WORTH] = [float(np.mean(worth.get(site, most))) for site in sites]
     return found
 
 

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from experiments._drawing import GREY, MARKERS, MORE, PALETTE, new_figure, plain_log_ticks, write
+from experiments._drawing import MARKERS, MORE, PALETTE, new_figure, plain_log_ticks, write
 from experiments.measures import mean_and_std
 
-OURS = "gauss_newton"
+OURS, BLACK = "gauss_newton", "#000000"
 APART = 1.012
-"""Methods of equal size are drawn side by side, each by this factor further to the right."""
+"""Methods of one budget are drawn side by side, each by this factor further to the right."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,21 +34,26 @@ class Style:
     place: float
 
 
-def styles(methods: Sequence[str]) -> dict[str, Style]:
-    """A style of its own for each method."""
-    others = [color for color in (*PALETTE, *MORE) if color != "#000000"]
-    ours = Style("#000000", "*", 2.4, 0.0)
-    found, number = {}, 0
-    for place, method in enumerate(methods):
-        style = Style(others[number % len(others)], MARKERS[number % len(MARKERS)], 1.4, 0.0)
-        found[method] = ours if method == OURS else style
-        found[method] = dataclasses.replace(found[method], place=place - (len(methods) - 1) / 2)
-        number += method != OURS
+def styles(methods: Iterable[str]) -> dict[str, Style]:
+    """A style of its own for each method, by name, whatever their order."""
+    known = sorted(set(methods))
+    looks = itertools.cycle(
+        zip(
+            (color for color in (*PALETTE, *MORE) if color != BLACK),
+            (marker for marker in MARKERS if marker != "*"),
+            strict=True,
+        )
+    )
+    found = {}
+    for number, method in enumerate(known):
+        place = number - (len(known) - 1) / 2
+        color, marker = (BLACK, "*") if method == OURS else next(looks)
+        found[method] = Style(color, marker, 2.4 if method == OURS else 1.4, place)
     return found
 
 
 def plot_standings(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> Path:
-    """Draws test accuracy against parameters per method, from scratch beside as grown.
+    """Draws test accuracy against the budget per method, from scratch beside as grown.
 
     Args:
       rows: as in `compare.csv`.
@@ -57,7 +63,7 @@ def plot_standings(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[st
     claims = ("from_scratch", "grown")
     figure = new_figure(9.0, 3.8 * len(places))
     grid = figure.subplots(len(places), len(claims), squeeze=False)
-    known = styles(list(dict.fromkeys(row["method"] for row in rows)))
+    known = styles(row["method"] for row in rows)
     for line, place in zip(grid, places, strict=True):
         for axes, claim in zip(line, claims, strict=True):
             mine = [
@@ -68,8 +74,8 @@ def plot_standings(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[st
                 _draw_budgets(axes, [r for r in mine if r["method"] == method], style)
             axes.set_xscale("log")
             if mine:
-                plain_log_ticks(axes, [row["params"] for row in mine])
-            axes.set(xlabel="parameters", ylabel="test accuracy (%)")
+                plain_log_ticks(axes, [row["budget"] for row in mine])
+            axes.set(xlabel="most parameters (methods side by side)", ylabel="test accuracy (%)")
             axes.set_title(f"{place[0]}, {place[1]}: {claim.replace('_', ' ')}", fontsize=10)
             axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
     _label_methods(figure, known)
@@ -82,7 +88,7 @@ def _draw_budgets(axes: Any, rows: Sequence[Mapping[str, Any]], style: Style) ->
     seeds = [[row for row in rows if row["budget"] == budget] for budget in budgets]
     if seeds:
         summary = np.array([mean_and_std([100 * r["test_accuracy"] for r in s]) for s in seeds])
-        sizes = [np.mean([row["params"] for row in same]) * APART**style.place for same in seeds]
+        sizes = [budget * APART**style.place for budget in budgets]
         axes.errorbar(
             sizes, summary[:, 0], np.nan_to_num(summary[:, 1]), color=style.color,
             marker=style.marker, markersize=6, capsize=3, linewidth=style.linewidth,
@@ -90,6 +96,7 @@ def _draw_budgets(axes: Any, rows: Sequence[Mapping[str, Any]], style: Style) ->
 
 
 def _label_methods(figure: Any, known: Mapping[str, Style], dashed: str = "") -> None:
+    """The legend; also of the method that is drawn dashed, from scratch."""
     from matplotlib.lines import Line2D
 
     handles = [
@@ -98,7 +105,11 @@ def _label_methods(figure: Any, known: Mapping[str, Style], dashed: str = "") ->
         for method, style in known.items()
     ]  # fmt: skip
     if dashed:
-        handles.append(Line2D([], [], color=GREY, linestyle="--", label=dashed))
+        style = known[dashed]
+        handles.append(
+            Line2D([], [], color=style.color, linewidth=style.linewidth, linestyle="--",
+                   label=f"{dashed} from scratch")
+        )  # fmt: skip
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
 
 
@@ -117,7 +128,7 @@ def plot_curves(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str])
     grid = figure.subplots(len(places), 2, squeeze=False)
     methods = list(dict.fromkeys(r["method"] for r in rows if r["claim"] == "grown"))
     reference = OURS if OURS in methods else next(iter(methods), "")
-    known = styles(list(dict.fromkeys(r["method"] for r in rows)))
+    known = styles(row["method"] for row in rows)
     for line, place in zip(grid, places, strict=True):
         mine = [row for row in rows if (row["dataset"], row["model"]) == place]
         mine = [row for row in mine if row["budget"] == max(r["budget"] for r in mine)]
@@ -160,7 +171,7 @@ def plot_widths(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str])
     places = sorted({(row["dataset"], row["model"]) for row in rows})
     figure = new_figure(8.0, 3.2 * len(places))
     grid = figure.subplots(len(places), 1, squeeze=False)[:, 0]
-    known = styles(list(dict.fromkeys(row["method"] for row in rows)))
+    known = styles(row["method"] for row in rows)
     for axes, place in zip(grid, places, strict=True):
         mine = [row for row in rows if (row["dataset"], row["model"]) == place]
         largest = max(row["budget"] for row in mine)

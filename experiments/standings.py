@@ -268,8 +268,7 @@ def _recipe(rows: Sequence[Row]) -> Iterable[str]:
 
 
 PICTURES = {
-    "compare-accuracy.png": "Test accuracy against parameters, from scratch and as grown (methods "
-    "of equal size side by side)",
+    "compare-accuracy.png": "Test accuracy against the budget, from scratch and as grown",
     "compare-flops.png": "Validation accuracy against training FLOPs and seconds",
     "compare-widths.png": "Widths chosen per layer at the largest budget",
 }

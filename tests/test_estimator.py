@@ -163,39 +163,62 @@ def test_score_interaction_and_joint_change_say_the_same():
     assert interaction.change([]) == 0.0
 
 
-def test_several_datasets_are_as_one_by_one_and_traced_once(monkeypatch):
-    model = by_name("perceptron").model()
-    first, second = (regression_data(model, n) for n in (16, 9))
-    candidates = with_random_phi(tfgrow.candidates(model, new_units=1))
-    apart = [estimator_of(model).interaction(candidates, data) for data in (first, second)]
-    traces, trace = [], tfgrow.GaussNewtonEstimator._trace
-    monkeypatch.setattr(
-        tfgrow.GaussNewtonEstimator,
-        "_trace",
-        lambda *arguments: traces.append(1) or trace(*arguments),
+def of_hidden(units, copies=1, seed=0):
+    """Dense 4 -> units, each of them `copies` times -> 2, in squared error."""
+    rng = np.random.default_rng(seed)
+    kernel, out = rng.normal(size=(4, units)), rng.normal(size=(units, 2))
+    model = tfgrow.convert(
+        keras.Sequential(
+            [
+                keras.Input((4,)),
+                keras.layers.Dense(units * copies, "tanh", name="hidden"),
+                keras.layers.Dense(2, name="out"),
+            ]
+        )
     )
-    together = estimator_of(model).interactions(candidates, [first, second])
-    assert len(traces) == 1
-    for one, other in zip(apart, together, strict=True):
-        np.testing.assert_array_equal(one.linear, other.linear)
-        np.testing.assert_array_equal(one.gram, other.gram)
+    bias = np.zeros(units * copies)
+    model.get_layer("hidden").set_weights([np.repeat(kernel, copies, axis=1), bias])
+    model.get_layer("out").set_weights([np.repeat(out, copies, axis=0) / copies, np.zeros(2)])
+    return model
 
 
-def test_at_a_minimum_only_the_curvature_counts():
-    model = by_name("perceptron").model()
-    data = regression_data(model, 16)
-    candidates = with_random_phi(tfgrow.candidates(model, new_units=2))
-    here = estimator_of(model).interaction(candidates, data)
-    flat = estimator_of(model, at_minimum=True)
-    there = flat.interaction(candidates, data)
-    assert np.abs(here.linear).max() > 1e-3
-    assert not there.linear.any()
-    np.testing.assert_allclose(there.gram, here.gram, rtol=1e-5)
-    np.testing.assert_allclose(there.scores, 0.5 * np.diag(here.gram), rtol=1e-5)
-    assert flat.joint_change(candidates, data) == pytest.approx(there.change(), rel=1e-3)
-    # nothing is to be gained there, and so new units stay silent
-    learned = flat.learn(tfgrow.candidates(model, "add"), data, steps=0)
-    assert not any(one.theta["phi/0"].any() for one in learned)
+def test_a_units_worth_is_what_least_squares_can_not_make_up_for():
+    """For squared error behind the consumer the estimate is exact, and the gradient left out."""
+    model = of_hidden(3)
+    x = np.random.default_rng(1).normal(size=(400, 4)).astype("float32")
+    targets = model.predict(x, verbose=0) + 5.0  # a gradient as large as one likes
+    worth = estimator_of(model).worth((x, targets), (x, targets))["hidden"]
+    values = np.tanh(x @ np.asarray(model.get_layer("hidden").kernel))
+    out = np.asarray(model.get_layer("out").kernel)
+    for unit in range(3):
+        others = np.column_stack([np.delete(values, unit, axis=1), np.ones(len(x))])
+        rest = values[:, unit] - others @ np.linalg.lstsq(others, values[:, unit])[0]
+        missed = np.mean(np.outer(rest, out[unit]) ** 2)
+        assert worth[unit] == pytest.approx(missed, rel=0.05)
+
+
+def test_copies_are_worth_nothing():
+    x = np.random.default_rng(1).normal(size=(400, 4)).astype("float32")
+    data = x, x[:, :2]
+    single, doubled = (estimator_of(of_hidden(3, n)).worth(data, data)["hidden"] for n in (1, 2))
+    assert len(doubled) == 6
+    assert doubled.max() < 0.02 * single.min()
+
+
+def test_worth_where_the_loss_has_no_curvature_and_where_it_is_not_finite():
+    model = of_hidden(3)
+    x = np.random.default_rng(1).normal(size=(64, 4)).astype("float32")
+    data = x, x[:, :2]
+    flat = estimator_of(model, loss="mae", curvature="sampled").worth(data, data)["hidden"]
+    assert flat.min() > 1e-4
+    assert estimator_of(model).worth(data, data, sites=[]) == {}
+    with pytest.raises(ValueError, match="have no closed form"):
+        estimator_of(model, curvature="none").worth(data, data)
+    before = estimator_of(model)
+    change = before.score(tfgrow.candidates(model, "split", seed=1), data)
+    before.worth(data, data)
+    again = before.score(tfgrow.candidates(model, "split", seed=1), data)
+    np.testing.assert_allclose(again, change, rtol=1e-6)
 
 
 def test_batches_do_not_matter():

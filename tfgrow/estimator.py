@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import keras
 import numpy as np
@@ -18,9 +19,10 @@ from tfgrow.curvature.correction import corrections
 from tfgrow.curvature.normal import add_sums
 from tfgrow.curvature.total_loss import TotalLoss, make_total_loss
 from tfgrow.graph.nodes import Graph, trace
+from tfgrow.graph.sites import sites_of
 from tfgrow.graph.versions import version_of
 from tfgrow.morphisms.base import Candidate
-from tfgrow.morphisms.registry import get, group_candidates
+from tfgrow.morphisms.registry import get, group_candidates, removals
 from tfgrow.morphisms.retrain import retraining
 from tfgrow.passes import Parameters, Passes, new_adam, tensors
 from tfgrow.types import Interaction
@@ -56,8 +58,6 @@ class GaussNewtonEstimator:
       draws: number of sampled columns.
       seed: of everything random in the estimate.
       loss_weights: of the outputs' losses, as `model.compile` takes them, to go with `loss`.
-      at_minimum: take the gradient for zero, as it will be when training is over (LeCun et al.
-        1990, "Optimal Brain Damage"): what an edit changes is then what it disturbs.
 
     Attributes:
       curvature: the one in use; a tuple where outputs differ (`"auto"` is empirical for those whose
@@ -86,7 +86,6 @@ class GaussNewtonEstimator:
         draws=1,
         seed=0,
         loss_weights=None,
-        at_minimum: bool = False,
     ):
         self.model = model
         self.seed = int(seed)
@@ -94,7 +93,8 @@ class GaussNewtonEstimator:
         self._loss = total_loss(model, self._graph, loss, loss_weights, curvature)
         self.curvature = self._loss.curvature
         self._version = version_of(model)
-        self._passes = Passes(self._graph, self._loss, draws, at_minimum)
+        self._passes = Passes(self._graph, self._loss, draws)
+        self._draws = draws
         self._steps = 0
 
     def learn(
@@ -178,7 +178,7 @@ class GaussNewtonEstimator:
         if not directions:
             return 0.0
         learned = self.learn(directions, dataset, steps=0)
-        ((interaction, before),) = self._interactions(learned, [judged_on])
+        interaction, before = self._interaction(learned, judged_on)
         lengths = interaction.best_lengths()
         for alpha in SETTLING_ALPHAS:
             moved = [
@@ -193,6 +193,68 @@ class GaussNewtonEstimator:
             self._passes.unsettle()
         return 0.0
 
+    def worth(
+        self, dataset, judged_on, sites: Iterable[str] | None = None
+    ) -> dict[str, np.ndarray]:
+        """By how much the mean loss would rise if a unit went, the others standing in for it.
+
+        The gradient is taken for zero, as it will be when training is over: while a network trains,
+        most of what an edit changes along the gradient is what the next steps change too. (So do
+        LeCun et al. 1990, "Optimal Brain Damage", and Hassibi & Stork 1993; here for whole units,
+        in the Gauss-Newton metric of the loss.) Where a loss has no curvature (absolute error,
+        hinge) the empirical one is used.
+
+        Args:
+          dataset: what the others' standing in is learned on, as in `learn`.
+          judged_on: finite; other samples, on which it is judged.
+          sites: names; all whose units can be taken away by default.
+
+        Returns:
+          By site, the worth of each unit, `[units]`, never negative. Sites of a single unit, and
+          those whose units can't go, are left out.
+
+        Raises:
+          ValueError: where it is not finite, or there is no curvature.
+
+        Example:
+
+        >>> import keras, numpy as np, tfgrow
+        >>> model = tfgrow.convert(keras.Sequential(
+        ...     [keras.Input((4,)), keras.layers.Dense(3, name="a"), keras.layers.Dense(2)]))
+        >>> x = np.random.default_rng(0).normal(size=(64, 4)).astype("float32")
+        >>> estimator = tfgrow.GaussNewtonEstimator(model, "mse")
+        >>> worth = estimator.worth((x, x[:, :2]), (x, x[:, :2]))
+        >>> worth["a"].shape, bool((worth["a"] >= 0).all())
+        ((3,), True)
+        """
+        every = sites_of(self.model, self._graph)
+        wanted = {site.name for site in every} if sites is None else set(sites)
+        alone = removals(site for site in every if site.name in wanted)
+        if not alone:
+            return {}
+        with self._at_minimum():
+            scores = self.score(self.learn(alone, dataset, steps=0), judged_on)
+        found: dict[str, list[float]] = {}
+        for removal, score in zip(alone, scores, strict=True):
+            found.setdefault(removal.site.name, []).append(float(score))
+        odd = sorted(name for name, some in found.items() if not np.isfinite(some).all())
+        if odd:
+            raise ValueError(
+                f"What units of the sites {odd} are worth is not finite. Check the data and the "
+                "loss for NaN or overflow."
+            )
+        return {name: np.array(some) for name, some in found.items()}
+
+    @contextlib.contextmanager
+    def _at_minimum(self) -> Iterator[None]:
+        """As long as it runs the gradient is taken for zero, and nothing for settled."""
+        passes = self._passes
+        self._passes = Passes(self._graph, self._loss.curved(), self._draws, at_minimum=True)
+        try:
+            yield
+        finally:
+            self._passes = passes
+
     def interaction(self, candidates: Sequence[Candidate], dataset) -> Interaction:
         """The quadratic over sets of candidates, from one pass over the dataset.
 
@@ -203,27 +265,19 @@ class GaussNewtonEstimator:
         Returns:
           An `Interaction` over the candidates, in their order.
         """
-        return self._interactions(candidates, [dataset])[0][0]
+        return self._interaction(candidates, dataset)[0]
 
-    def interactions(
-        self, candidates: Sequence[Candidate], datasets: Sequence
-    ) -> list[Interaction]:
-        """`interaction` on each of several datasets, sooner than one by one."""
-        return [found for found, _ in self._interactions(candidates, datasets)]
-
-    def _interactions(self, candidates, datasets) -> list[tuple[Interaction, float]]:
-        """By dataset, the interaction, and the mean loss as it is."""
+    def _interaction(self, candidates, dataset) -> tuple[Interaction, float]:
+        """The interaction, and the mean loss as it is."""
         groups, positions = self._group(candidates)
         thetas = [tensors(group.theta) for group in groups]
+        total = self._sum(
+            dataset, lambda batch, seed, th: self._passes.scalars(batch, seed, groups, th), thetas
+        )
+        loss, linear, gram, count = (np.asarray(part, dtype=np.float64) for part in total)
         order = np.argsort(np.concatenate(positions))
-        found = []
-        for total in self._sums(
-            datasets, lambda batch, seed, th: self._passes.scalars(batch, seed, groups, th), thetas
-        ):
-            loss, linear, gram, count = (np.asarray(part, dtype=np.float64) for part in total)
-            one = Interaction(linear[order] / count, gram[np.ix_(order, order)] / count)
-            found.append((one, float(loss / count)))
-        return found
+        found = Interaction(linear[order] / count, gram[np.ix_(order, order)] / count)
+        return found, float(loss / count)
 
     def score(self, candidates: Sequence[Candidate], dataset, checks: int = 0) -> np.ndarray:
         """Estimated change of the mean loss by each candidate applied alone, `[n]`.
@@ -272,22 +326,15 @@ class GaussNewtonEstimator:
         return float(total / count)
 
     def _sum(self, dataset, pass_over, thetas):
-        return self._sums([dataset], pass_over, thetas)[0]
-
-    def _sums(self, datasets, pass_over, thetas) -> list[list]:
-        """What `pass_over` says of the batches, added up over each dataset."""
-        function, totals = None, []
-        for dataset in datasets:
-            check_finite(dataset)
-            total: list = []
-            for batch in batches_of(dataset):
-                inputs = (self._checked(batch), self._batch_seed(), thetas)
-                function = function or self._trace(pass_over, inputs)
-                part = [np.asarray(value, dtype=np.float64) for value in function(*inputs)]
-                total = [a + b for a, b in zip(total, part, strict=True)] if total else part
-            check_loss(total[0])
-            totals.append(total)
-        return totals
+        check_finite(dataset)
+        function, total = None, []
+        for batch in batches_of(dataset):
+            inputs = (self._checked(batch), self._batch_seed(), thetas)
+            function = function or self._trace(pass_over, inputs)
+            part = [np.asarray(value, dtype=np.float64) for value in function(*inputs)]
+            total = [a + b for a, b in zip(total, part, strict=True)] if total else part
+        check_loss(total[0])
+        return total
 
     def _trace(self, function, inputs):
         """One trace that serves batches of any size, and images of any size if the model does."""

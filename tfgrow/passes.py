@@ -32,7 +32,7 @@ fold_in = tf.random.experimental.stateless_fold_in
 class Passes:
     """The passes for one model and loss, over batches that `TotalLoss.arranged` has seen.
 
-    With `at_minimum` the gradient is taken for zero.
+    With `at_minimum` candidates are learned and scored as if the gradient were zero.
     """
 
     def __init__(self, graph: Graph, loss: TotalLoss, draws: int, at_minimum: bool = False):
@@ -116,7 +116,8 @@ class Passes:
         captured, perturbed, together = self._together(batch, seed, groups, thetas)
         logits = captured.logits
         changes = together[0] + 0.5 * tf.reduce_sum(together[1:] ** 2, 0)  # [N, C]
-        changes += self._loss.beyond(y, logits, together[1:], weights, self._draws)
+        if not self._at_minimum:  # of the loss as it is
+            changes += self._loss.beyond(y, logits, together[1:], weights, self._draws)
         losses = self._loss.per_sample(y, logits, weights)
         sums = (tf.reduce_sum(losses), tf.reduce_sum(changes, 0), _count(weights))
         if not checks:
@@ -200,9 +201,8 @@ class Passes:
         logits = self._logits(x, captured.values)
         gradients = self._loss.gradient(y, logits, weights)
         slopes = [tf.reduce_sum(g * v) for g, v in zip(gradients, pushed, strict=True)]
-        slope = 0.0 if self._at_minimum else sum(slopes[1:], slopes[0])
         curvature = self._loss.quadratic(y, logits, pushed, weights)
-        return slope + 0.5 * curvature, _count(weights)
+        return sum(slopes[1:], slopes[0]) + 0.5 * curvature, _count(weights)
 
     def learn(self, batch, seed, groups: Sequence[Group], parameters: Parameters, adam, sums, rate):
         """One learning step of all candidates on a batch.

@@ -5,7 +5,8 @@ import sys
 import numpy as np
 import pytest
 
-from experiments import _drawing, figures
+from experiments import _drawing, comparison_figures, figures
+from experiments.compare import METHODS
 from tfgrow.types import GrowthEvent
 
 pytest.importorskip("matplotlib")
@@ -121,6 +122,14 @@ def test_accuracy_averages_the_seeds(drawn, tmp_path):
 def test_colours_are_distinct_for_few_and_many_series():
     for count in (1, 7, 8, 30):
         assert len({tuple(np.ravel(color)) for color in _drawing.colors(count)}) == count
+
+
+def test_every_method_has_a_style_of_its_own_and_ours_stands_out():
+    known = comparison_figures.styles(METHODS)
+    assert len({(style.color, style.marker) for style in known.values()}) == len(METHODS)
+    assert len({style.color for style in known.values()}) == len(METHODS)
+    assert [name for name, style in known.items() if style.linewidth > 2] == ["gauss_newton"]
+    assert known == comparison_figures.styles(METHODS[::-1])
 
 
 def test_missing_matplotlib_says_how_to_install(monkeypatch, tmp_path):

@@ -11,9 +11,8 @@ from tfgrow.graph.cost import CostModel
 from tfgrow.graph.nodes import trace
 from tfgrow.graph.sites import sites_of
 from tfgrow.morphisms.registry import get, several
-from tfgrow.oracle.data import split_data
 from tfgrow.oracle.selection import Limits
-from tfgrow.oracle.worth import RETURNS, allocate, most_units, pick, worth_of_units
+from tfgrow.oracle.worth import RETURNS, allocate, most_units, pick
 from tfgrow.types import Interaction
 
 
@@ -40,23 +39,34 @@ def allocated(worth, most=np.inf, **limits):
 ALIKE = {"d0": 1.0, "d1": 1.0, "d2": 1.0}
 
 
-def test_the_next_unit_goes_where_it_is_worth_most_for_its_cost():
-    sites, costs = parts_of(three_layers())
-    for exponent in (0.0, 0.5, 1.0):
-        limits = {"params": 120, "cost_exponent": exponent}
-        wanted, reason = allocated({"d0": 3.0, "d1": 1.0, "d2": 0.5}, **limits)
-        assert reason == "no further unit fits the budget"
-        assert costs.extra(wanted).params <= 120
-        # no single unit could be moved to where it would be worth more for what it costs
-        rates, last = {}, {}
-        for site, worth in zip(sites, (3.0, 1.0, 0.5), strict=True):
-            more, name = wanted.get(site.name, 0), site.name
-            for found, count in ((rates, more), (last, more - 1)):
-                gain = worth * (site.units / (site.units + count)) ** RETURNS
-                without = costs.extra({**wanted, name: count})
-                cost = costs.extra({**wanted, name: count + 1}).params - without.params
-                found[name] = gain / cost**exponent if count >= 0 else np.inf
-        assert min(last.values()) > 0.8 * max(rates.values()), (wanted, rates, last)
+@pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0])
+def test_the_next_unit_goes_where_it_is_worth_most_for_its_cost(exponent):
+    """Beside what always taking the best single unit comes to; units cost 5 to 43 parameters."""
+    sites, costs = parts_of(three_layers((2, 20, 3)))
+    worth = {"d0": 1.0, "d1": 0.2, "d2": 0.6}
+    extra = dict.fromkeys(worth, 0)
+    for _ in range(12):
+        before = costs.extra(extra).params
+
+        def rate(site, extra=extra, before=before):
+            price = costs.extra({**extra, site.name: extra[site.name] + 1}).params - before
+            gain = (site.units / (site.units + extra[site.name])) ** RETURNS * worth[site.name]
+            return gain / price**exponent
+
+        best = max(sites, key=rate).name
+        extra = {**extra, best: extra[best] + 1}
+    limits = Limits(edits=12, cost_exponent=exponent)
+    wanted, reason = allocate(worth, sites, costs, limits, dict.fromkeys(worth, np.inf))
+    assert reason == "limit of 12 edits reached"
+    assert {**dict.fromkeys(worth, 0), **wanted} == extra
+    assert wanted == EXPECTED[exponent]
+
+
+EXPECTED = {
+    0.0: {"d0": 4, "d1": 4, "d2": 4},
+    0.5: {"d0": 3, "d1": 6, "d2": 3},
+    1.0: {"d0": 2, "d1": 9, "d2": 1},
+}
 
 
 def test_returns_diminish():
@@ -69,13 +79,12 @@ def test_returns_diminish():
 @pytest.mark.parametrize(
     ("worth", "limits", "expected", "reason"),
     [
-        (ALIKE, {"edits": 1}, {"d1": 1}, "fits the budget"),
-        (ALIKE, {"params": 6}, {}, "fits the budget"),
-        ({**ALIKE, "d1": 0.0}, {"edits": 2}, {"d0": 1, "d2": 1}, "fits the budget"),
-        (dict.fromkeys(ALIKE, 0.0), {"edits": 2}, {}, "no unit that is there is worth anything"),
+        (ALIKE, {"edits": 1}, {"d1": 1}, "limit of 1 edits reached"),
+        (ALIKE, {"params": 6}, {}, "budget of 6 extra parameters reached"),
+        ({**ALIKE, "d1": 0.0}, {"edits": 2}, {"d0": 1, "d2": 1}, "limit of 2 edits"),
         (ALIKE, {"min_gain_per_param": 0.2}, {}, "worth per parameter fell under 0.2"),
         (ALIKE, {"flops": 1000, "min_gain_per_param": 1.0}, {}, "per FLOP fell under 1"),
-        (ALIKE, {"round_to": 4, "edits": 6}, {"d1": 1, "d2": 4}, "fits the budget"),
+        (ALIKE, {"round_to": 4, "edits": 6}, {"d1": 1, "d2": 4}, "limit of 6 edits"),
     ],
 )
 def test_limits(worth, limits, expected, reason):
@@ -85,37 +94,13 @@ def test_limits(worth, limits, expected, reason):
 
 
 def test_no_more_units_than_can_be_made():
-    wanted, _ = allocated(ALIKE, most=2)
+    wanted, reason = allocated(ALIKE, most=2)
     assert wanted == {"d0": 2, "d1": 2, "d2": 2}
+    assert reason == "every unit is split already"
     sites, _ = parts_of(three_layers())
     assert most_units(sites[0], several("split")) == 2
     assert most_units(sites[0], several(("split", "add"))) == np.inf
     assert most_units(sites[0], several("prune")) == 0
-
-
-def test_copies_of_a_unit_are_worth_nothing_and_a_lone_one_much():
-    """Five units that say the same stand in for each other; the two after them are needed."""
-    x, y = data(1024, 0)
-    model = student(2, 2, "tanh")
-    model.fit(x, y, epochs=20, batch_size=64, verbose=0)
-    copied = student(6, 2, "tanh")
-    copied.get_layer("out").set_weights(model.get_layer("out").get_weights())
-    kernel, bias = model.get_layer("hidden").get_weights()
-    copied.get_layer("hidden").set_weights([np.repeat(kernel, 3, axis=1), np.repeat(bias, 3)])
-    kernel, bias = model.get_layer("bottleneck").get_weights()
-    copied.get_layer("bottleneck").set_weights([np.repeat(kernel, 3, axis=0) / 3, bias])
-    np.testing.assert_allclose(copied.predict(x, verbose=0), model.predict(x, verbose=0), atol=1e-5)
-
-    def worths(net):
-        sites, _ = parts_of(net)
-        parts = split_data((x, y), 12, 12, 1, seed=0)
-        estimator = tfgrow.GaussNewtonEstimator(net, curvature="exact", seed=0, at_minimum=True)
-        return worth_of_units(estimator, sites, parts)
-
-    few, many = worths(model), worths(copied)
-    assert few["hidden"] > 0.02
-    assert many["hidden"] < 0.05 * few["hidden"]
-    assert many["bottleneck"] == pytest.approx(few["bottleneck"], rel=0.3)
 
 
 def test_picks_as_many_as_wanted_the_best_beside_the_others():
@@ -137,22 +122,82 @@ def test_growth_goes_to_the_layer_that_starves():
     plan = oracle.propose_plan(model, (x, y))
     assert plan.widths == {"hidden": (2, 6)}
     assert {"worth", "learn"} <= set(plan.seconds)
-    assert tfgrow.measure_change(model, plan.candidates, (x, y)) < 0
+    measured = tfgrow.measure_change(model, plan.candidates, (x, y))
+    assert measured == pytest.approx(plan.estimated_change, rel=0.3)
     again = tfgrow.GaussNewtonOracle("loss", score="worth", growth_per_step=4, seed=0)
     assert again.propose_plan(model, (x, y)).estimated_change == plan.estimated_change
 
 
+def test_what_training_would_change_anyway_does_not_count():
+    """Only the output's bias is off: the gradient is large, and says nothing of the layers."""
+    x, y = data(2048, 1)
+    model = student(2, 8, "tanh")
+    model.fit(x, y, epochs=10, batch_size=64, verbose=0)
+    settings = {"score": "worth", "growth_per_step": 6, "cost_exponent": 0.5, "seed": 0}
+    plans = [
+        tfgrow.GaussNewtonOracle("loss", **settings).propose_plan(model, (x, targets))
+        for targets in (y, y + 10.0)
+    ]
+    assert plans[0].widths == plans[1].widths
+
+
 def test_a_site_of_one_unit_grows_too_and_so_does_what_has_not_learned_anything():
-    model = compiled(three_layers((1, 3, 3)))
     x, y = arrays(samples=256)
     x = np.concatenate([x, x[:, :1]], axis=1)
-    plan = quick_oracle(score="worth", growth_per_step=3).propose_plan(model, (x, y))
-    assert sum(after - before for before, after in plan.widths.values()) == 3
+    settings = {"score": "worth", "growth_per_step": 3, "cost_exponent": 0.0}
+    plan = quick_oracle(**settings).propose_plan(compiled(three_layers((1, 3, 3))), (x, y))
+    assert plan.widths["d0"][0] == 1, "it is worth as much as the best"
     assert len(plan.candidates) == 3
+    plan = quick_oracle(**settings).propose_plan(compiled(three_layers((1, 1, 1))), (x, y))
+    assert len(plan.candidates) == 3
+    silent = compiled(three_layers())
+    silent.get_layer("out").set_weights([np.zeros((4, 3)), np.zeros(3)])
+    assert len(quick_oracle(**settings).propose_plan(silent, (x, y)).candidates) == 3
+    few = quick_oracle(**settings, min_gain_per_param=1e-6).propose_plan(silent, (x, y))
+    assert not few.candidates
+    assert "worth per parameter fell under 1e-06" in few.reason
 
 
-def test_it_is_for_single_units():
+@pytest.mark.parametrize(
+    ("limits", "holds"),
+    [
+        ({"max_flops": 150}, lambda plan: 0 < plan.cost.flops <= 150),
+        ({"exclude": ["d0", "d2"], "growth_per_step": 3}, lambda plan: list(plan.widths) == ["d1"]),
+        (
+            {"round_to": 4, "max_params": 150},
+            lambda plan: all(after % 4 == 0 for _, after in plan.widths.values()),
+        ),
+        ({"morphisms": "split", "growth_per_step": 30}, lambda plan: plan.widths["d0"] == (2, 4)),
+    ],
+)  # fmt: skip
+def test_limits_of_an_oracle(limits, holds):
+    x, y = arrays(samples=256)
+    x = np.concatenate([x, x[:, :1]], axis=1)
+    oracle = quick_oracle(**{"score": "worth", "growth_per_step": None, **limits})
+    plan = oracle.propose_plan(compiled(three_layers()), (x, y))
+    assert plan.candidates
+    assert holds(plan), (plan.cost, plan.widths, plan.reason)
+
+
+def test_heads_are_shared_out_too():
+    keras.utils.set_random_seed(0)
+    sequence = keras.Input((6, 8))
+    first = keras.layers.MultiHeadAttention(2, 4, name="narrow")(sequence, sequence)
+    second = keras.layers.MultiHeadAttention(4, 4, name="wide")(first, first)
+    pooled = keras.layers.GlobalAveragePooling1D()(second)
+    model = tfgrow.convert(keras.Model(sequence, keras.layers.Dense(3)(pooled)))
+    rng = np.random.default_rng(0)
+    batch = rng.normal(size=(96, 6, 8)).astype("float32"), rng.integers(0, 3, 96)
+    settings = {"score": "worth", "growth_per_step": 3, "morphisms": ("heads", "add_heads")}
+    plan = quick_oracle(**settings).propose_plan(compiled(model), batch)
+    assert len(plan.candidates) == 3
+    assert sum(after - before for before, after in plan.widths.values()) == 3
+
+
+def test_it_is_for_single_units_and_needs_a_limit():
     for kind in ("prune", "enlarge_kernel", "deepen"):
         with pytest.raises(ValueError, match=rf"single units are to be added; \['{kind}'\] do"):
             tfgrow.GaussNewtonOracle(score="worth", morphisms=("add", kind))
+    with pytest.raises(ValueError, match="nothing limits it"):
+        tfgrow.GaussNewtonOracle(score="worth", growth_per_step=None)
     assert get("heads").units == get("add_heads").units == 1

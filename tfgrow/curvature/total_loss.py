@@ -102,6 +102,16 @@ class TotalLoss:
         names = tuple(part.curvature for part in self.parts)
         return names[0] if len(set(names)) == 1 else names
 
+    def curved(self) -> TotalLoss:
+        """The same with the empirical curvature where the Hessian is zero almost everywhere."""
+        parts = tuple(
+            dataclasses.replace(part, curvature="empirical")
+            if part.at_logits.row_loss.piecewise_linear
+            else part
+            for part in self.parts
+        )
+        return dataclasses.replace(self, parts=parts)
+
     @property
     def column_of_gradient(self) -> Callable | None:
         """How gradient and weights make the only column, where it needs no pass of its own."""

@@ -127,11 +127,15 @@ class Prune(AtInputs):
         return zero_sums(len(group.units), group.site.units)
 
     def solve(self, group, sums, damping):
-        most = int(AT_ONCE * group.site.units)
-        free = spread_out(sums, _free(group), group.units, damping, most)
+        free = self.stand_ins(group, sums, damping)
         v = tf.cast(solve(sums, free, group.units, damping), tf.float32)
         share, offset = v[:, :-1], v[:, -1]
         return {"share": share * (1.0 - _itself(group)), "offset": offset}
+
+    def stand_ins(self, group, sums, damping) -> np.ndarray:
+        """Which of the site's units, and the constant, may stand in: bool `[units + 1]`."""
+        most = int(AT_ONCE * group.site.units)
+        return spread_out(sums, _free(group), group.units, damping, most)
 
     def choose_damping(self, group, first, second):
         return cross_damping(
@@ -152,6 +156,16 @@ class Prune(AtInputs):
 
     def reliance(self, candidate, units):
         return np.abs(candidate.theta["share"][np.asarray(units)])
+
+
+class PruneAlone(Prune):
+    """Takes one unit away and no other, so that all others may stand in for it."""
+
+    name = "prune_alone"
+
+    def stand_ins(self, group, sums, damping):
+        del sums, damping
+        return _free(group)
 
 
 def _by_unit(capture, leaf):

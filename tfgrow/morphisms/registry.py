@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import keras
 import numpy as np
@@ -20,7 +20,7 @@ from tfgrow.morphisms.deepen import Deepen
 from tfgrow.morphisms.double import Double
 from tfgrow.morphisms.enlarge_kernel import EnlargeKernel
 from tfgrow.morphisms.heads import AddHeads, Heads, PruneHeads
-from tfgrow.morphisms.prune import Prune
+from tfgrow.morphisms.prune import Prune, PruneAlone
 from tfgrow.morphisms.retrain import Retrain
 from tfgrow.morphisms.skip import Skip
 from tfgrow.morphisms.split import Split
@@ -43,8 +43,8 @@ MORPHISMS: dict[str, Morphism] = {
     )
 }
 
-_NO_EDITS: dict[str, Morphism] = {Retrain.name: Retrain()}
-"""Known to the estimator only: directions that edits are compared with."""
+_NO_EDITS: dict[str, Morphism] = {kind.name: kind for kind in (Retrain(), PruneAlone())}
+"""Known to the estimator only: what edits are compared with."""
 
 
 def get(identifier: str | Morphism) -> Morphism:
@@ -115,13 +115,38 @@ def candidates(
     graph = trace(model)
     every = sites_of(model, graph)
     costs = CostModel(graph, every)
-    found = []
-    for site in _chosen(model, every, kinds, sites):
-        for kind in kinds:
-            if kind.reason(site) is None:
-                for candidate in kind.candidates(site, new_units=new_units, seed=seed):
-                    found.append(candidate.replace(cost=joint_cost(costs, [candidate])))
-    return found
+    chosen = _chosen(model, every, kinds, sites)
+    return edits_of_sites(chosen, kinds, costs, {site.name: new_units for site in chosen}, seed)
+
+
+def edits_of_sites(
+    sites: Iterable[Site],
+    kinds: Sequence[Morphism],
+    costs: CostModel,
+    new_units: Mapping[str, int],
+    seed: int,
+) -> list[Candidate]:
+    """`candidates` of some sites, with so many new units by site."""
+    found = [
+        candidate
+        for site in sites
+        for kind in kinds
+        if kind.reason(site) is None
+        for candidate in kind.candidates(site, new_units=new_units[site.name], seed=seed)
+    ]
+    return [candidate.replace(cost=joint_cost(costs, [candidate])) for candidate in found]
+
+
+def removals(sites: Iterable[Site]) -> list[Candidate]:
+    """Of each unit that can be taken away, alone."""
+    kinds = (_NO_EDITS[PruneAlone.name], MORPHISMS[PruneHeads.name])
+    return [
+        removal
+        for site in sites
+        for kind in kinds
+        if kind.reason(site) is None
+        for removal in kind.candidates(site, new_units=1, seed=0)
+    ]
 
 
 def joint_cost(costs: CostModel, chosen: Iterable[Candidate]) -> Cost:

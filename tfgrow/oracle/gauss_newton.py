@@ -20,11 +20,19 @@ from tfgrow.graph.cost import CostModel
 from tfgrow.graph.nodes import trace
 from tfgrow.graph.sites import Site, sites_of
 from tfgrow.morphisms.base import Candidate
-from tfgrow.morphisms.registry import apart, get, joint_cost, new_widths, open_sites, several
+from tfgrow.morphisms.registry import (
+    apart,
+    edits_of_sites,
+    get,
+    joint_cost,
+    new_widths,
+    open_sites,
+    several,
+)
 from tfgrow.oracle.base import GrowthOracle
 from tfgrow.oracle.data import GrowthData, check_size, split_data
 from tfgrow.oracle.selection import Group, Limits, exclusion_ids, select
-from tfgrow.oracle.worth import allocate, most_units, pick, worth_of_units
+from tfgrow.oracle.worth import allocate, most_units, pick, worth_by_site
 from tfgrow.types import Cost, Interaction, Plan
 
 SCORES = ("raw", "marginal", "worth")
@@ -52,7 +60,8 @@ class GaussNewtonOracle(GrowthOracle):
         `"prune_heads"` are those of attention, whose units are heads.
       curvature: see `GaussNewtonEstimator`. For the time one batch of exact columns takes, three
         batches of sampled ones are learned or scored on, which is worth more.
-      new_units: single new units tried per site and step.
+      new_units: single new units tried per site and step; with `score="worth"`, so many more than
+        are wanted.
       learn_steps: learning steps per growth step, one batch each.
       score_batches: batches that candidates are scored on.
       held_out_batches: batches on which a chosen set is judged before it is committed.
@@ -62,7 +71,7 @@ class GaussNewtonOracle(GrowthOracle):
         `GaussNewtonEstimator.settle`; cf. Verbockhaven et al. 2024), and applies what is chosen at
         the lengths that are best together now. `"worth"` adds units where those that are there are
         worth most for what they cost, whatever new ones change at once (see
-        `tfgrow.oracle.worth`).
+        `GaussNewtonEstimator.worth`); `min_gain_per_param` is then what a unit must be worth.
       cost_exponent: gains are compared per cost to the power of this, from 0 (as they are) to 1
         (per parameter).
       growth_per_step: a fraction is the most parameters one step may add, relative to those the
@@ -129,6 +138,11 @@ class GaussNewtonOracle(GrowthOracle):
                 f"score='worth' says where single units are to be added; {others} do something "
                 "else. Leave them out, or use score='raw'."
             )
+        if score == "worth" and growth_per_step is self.max_params is self.max_flops is None:
+            raise ValueError(
+                "score='worth' shares out what a step may spend, and nothing limits it. Give "
+                "growth_per_step, max_params or max_flops."
+            )
         self.score = score
         self.cost_exponent = cost_exponent
         self.curvature = curvature
@@ -180,11 +194,10 @@ class GaussNewtonOracle(GrowthOracle):
     def _by_gain(self, step: _Step) -> Plan:
         """What is estimated to change the loss most for its cost, now or beyond training."""
         clock, parts, limits = step.clock, step.parts, step.limits
-        every = self._candidates(step, dict.fromkeys(step.names, self.new_units))
+        every = self._candidates(step, {site.name: self.new_units for site in step.sites})
         candidates = [c for c in every if self._removes or limits.allow(c.cost)]
         if not candidates:
-            reason = _why_none([candidate.cost for candidate in every], limits)
-            return Plan((), 0.0, Cost(), {}, clock.seconds, reason=reason)
+            return _plan((), 0.0, step, _why_none([one.cost for one in every], limits))
         estimator = self._estimator(step)
         clock.lap("prepare")
         if self.score == "marginal":
@@ -209,7 +222,7 @@ class GaussNewtonOracle(GrowthOracle):
         if self.score == "marginal" and chosen:
             # what was learned for settled weights may point uphill now
             here = self._estimator(step).interaction(chosen, _parted(parts.learn)[1])
-            chosen = _at_lengths(chosen, here)[0]
+            chosen = _at_lengths(chosen, here)
             estimated = self.estimate(step.model, chosen, parts.score) or 0.0
             clock.lap("lengths")
         return _plan(chosen, estimated, step, selection.reason)
@@ -217,32 +230,29 @@ class GaussNewtonOracle(GrowthOracle):
     def _by_worth(self, step: _Step) -> Plan:
         """As many units as are wanted where units are worth most, whatever they change now."""
         clock, parts = step.clock, step.parts
+        estimator = self._estimator(step)
+        worth = worth_by_site(estimator, step.sites, parts)
         most = {site.name: most_units(site, self.morphisms) for site in step.sites}
-        worth = worth_of_units(self._estimator(step, at_minimum=True), step.sites, parts)
         wanted, reason = allocate(worth, step.sites, step.costs, step.limits, most)
         clock.lap("worth")
         if not wanted:
-            return Plan((), 0.0, Cost(), {}, clock.seconds, reason=reason)
-        estimator = self._estimator(step)
-        learned = self._learned(estimator, self._candidates(step, wanted), step)
-        here, there = estimator.interactions(learned, [_parted(parts.learn)[1], parts.score])
+            return _plan((), 0.0, step, reason)
+        tried = {name: count + self.new_units for name, count in wanted.items()}
+        learned = self._learned(estimator, self._candidates(step, tried), step)
+        interaction = self.interaction(estimator, learned, parts.score)
         clock.lap("score")
         least, exclusive = _least_lengths(learned), _exclusive(learned)
-        indices = pick(here, [one.site.name for one in learned], wanted, least, exclusive)
-        chosen, lengths = _at_lengths([learned[i] for i in indices], here.of(indices))
+        indices = pick(interaction, [one.site.name for one in learned], wanted, least, exclusive)
+        chosen = _at_lengths([learned[i] for i in indices], interaction.of(indices))
         clock.lap("select")
-        return _plan(chosen, there.of(indices).at(lengths).change(), step, reason)
+        estimated = self.estimate(step.model, chosen, parts.score) or 0.0
+        clock.lap("lengths")
+        return _plan(chosen, estimated, step, reason)
 
     def _candidates(self, step: _Step, new_units: Mapping[str, int]) -> list[Candidate]:
-        """Every smallest edit, with so many new units by site; of the sites that are named."""
-        found = [
-            candidate
-            for site in step.sites
-            for kind in self.morphisms
-            if site.name in new_units and kind.reason(site) is None
-            for candidate in kind.candidates(site, new_units=new_units[site.name], seed=step.seed)
-        ]
-        return [one.replace(cost=joint_cost(step.costs, [one])) for one in found]
+        """Every smallest edit of the sites that are named, with so many new units each."""
+        sites = [site for site in step.sites if site.name in new_units]
+        return edits_of_sites(sites, self.morphisms, step.costs, new_units, step.seed)
 
     def _learned(
         self, estimator: GaussNewtonEstimator, candidates: Sequence[Candidate], step: _Step
@@ -257,10 +267,8 @@ class GaussNewtonOracle(GrowthOracle):
         step.clock.lap("learn")
         return learned
 
-    def _estimator(self, step: _Step, at_minimum: bool = False) -> GaussNewtonEstimator:
-        return GaussNewtonEstimator(
-            step.model, curvature=self.curvature, seed=step.seed, at_minimum=at_minimum
-        )
+    def _estimator(self, step: _Step) -> GaussNewtonEstimator:
+        return GaussNewtonEstimator(step.model, curvature=self.curvature, seed=step.seed)
 
     def interaction(
         self, estimator: GaussNewtonEstimator, learned: Sequence[Candidate], batches: Any
@@ -330,16 +338,14 @@ def _parted(batches: Sequence) -> tuple[Sequence, Sequence]:
     return batches[:most], batches[most:] or batches
 
 
-def _at_lengths(
-    chosen: Sequence[Candidate], interaction: Interaction
-) -> tuple[tuple[Candidate, ...], np.ndarray]:
-    """Candidates at the lengths that are best together, and these lengths."""
+def _at_lengths(chosen: Sequence[Candidate], interaction: Interaction) -> tuple[Candidate, ...]:
+    """Candidates at the lengths that are best together."""
     lengths = np.clip(interaction.best_lengths(), _least_lengths(chosen), 1.0)
     scaled = [
         get(candidate.morphism).scaled(candidate, float(length))
         for candidate, length in zip(chosen, lengths, strict=True)
     ]
-    return tuple(one for one in scaled if one is not None), lengths
+    return tuple(one for one in scaled if one is not None)
 
 
 class _Clock:
@@ -367,11 +373,6 @@ class _Step:
     seed: int
     clock: _Clock
     progress: Callable[[int, int], None] | None
-
-    @property
-    def names(self) -> list[str]:
-        """Of the sites."""
-        return [site.name for site in self.sites]
 
 
 def _plan(chosen: Sequence[Candidate], estimated: float, step: _Step, reason: str) -> Plan:

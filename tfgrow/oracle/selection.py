@@ -86,14 +86,28 @@ class Limits:
 
     def allow(self, cost: Cost, edits: int = 0) -> bool:
         """Whether so much may be spent; what costs nothing always may."""
-        return all(
-            spent <= 0 or limit is None or spent <= limit
-            for spent, limit in (
-                (cost.params, self.params),
-                (cost.flops, self.flops),
-                (edits, self.edits),
-            )
-        )
+        return not self.exceeded(cost, edits)
+
+    def exceeded(self, cost: Cost, edits: int = 0) -> list[str]:
+        """Which of `"params"`, `"flops"`, `"edits"` so much would exceed."""
+        spent = {"params": cost.params, "flops": cost.flops, "edits": edits}
+        limits = {name: getattr(self, name) for name in spent}
+        return [
+            name
+            for name, limit in limits.items()
+            if limit is not None and spent[name] > max(0, limit)
+        ]
+
+    def said(self, names: Iterable[str]) -> str:
+        """That some of `"params"`, `"flops"`, `"edits"` are in the way, in words."""
+        in_all = f"budget of {self.params} extra parameters reached"
+        in_step = f"growth_per_step allows {self.params} more parameters in this step"
+        words = {
+            "params": in_step if self.step else in_all,
+            "flops": f"budget of {self.flops} extra FLOPs reached",
+            "edits": f"limit of {self.edits} edits reached",
+        }
+        return " and ".join(words[name] for name in names)
 
     @property
     def unit(self) -> str:
@@ -436,16 +450,8 @@ class _Search:
         return "every candidate is chosen or excluded by a chosen one"
 
     def _why_nothing_fits(self, fits: Mapping[str, np.ndarray]) -> str:
-        limits = self.limits
-        in_all = f"budget of {limits.params} extra parameters reached"
-        in_step = f"growth_per_step allows {limits.params} more parameters in this step"
-        words = {
-            "params": in_step if limits.step else in_all,
-            "flops": f"budget of {self.limits.flops} extra FLOPs reached",
-            "edits": f"limit of {self.limits.edits} edits reached",
-        }
         blocking = [name for name, ok in fits.items() if not ok.any()]
-        return " and ".join(words[name] for name in blocking or fits if not fits[name].all())
+        return self.limits.said(name for name in blocking or fits if not fits[name].all())
 
 
 def matching_names(

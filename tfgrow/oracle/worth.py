@@ -15,6 +15,7 @@ spirit of MorphNet (Gordon et al. 2018, arXiv 1711.06798). That growth goes by i
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -23,56 +24,41 @@ from tfgrow.estimator import GaussNewtonEstimator
 from tfgrow.graph.cost import CostModel
 from tfgrow.graph.sites import Site
 from tfgrow.morphisms.base import Morphism
-from tfgrow.morphisms.registry import MORPHISMS
 from tfgrow.oracle.data import GrowthData
 from tfgrow.oracle.quadratics import FreeLengths
 from tfgrow.oracle.selection import Limits
-from tfgrow.types import Interaction
+from tfgrow.types import Cost, Interaction
 
 RETURNS = 2.0
 """With k times as many units, each is worth k to the minus this: the loss falls with one over them.
 
-Measured on VGGs on CIFAR-10, six epochs in: 8 -> 20 units of the first convolution, worth 0.053 ->
-0.010 each (1.8); 5 -> 8 -> 20 of the second, 0.31 -> 0.133 -> 0.014 (1.8, 2.4); 8 -> 16 of the
-fourth, 0.064 -> 0.019 (1.8); 16 -> 23 -> 32 of the sixth, 0.0052 -> 0.0022 -> 0.0010 (2.3).
+Measured on VGGs on CIFAR-10, six epochs in: 5 -> 8 -> 20 units of the second convolution, worth
+0.26 -> 0.082 -> 0.011 each (2.5, 2.2); 8 -> 16 of the fourth, 0.062 -> 0.013 (2.2); 16 -> 23 -> 32
+of the sixth, 0.0039 -> 0.0020 -> 0.0009 (1.8, 2.4); 8 -> 20 of the first, 0.041 -> 0.009 (1.6).
 """
 
 LEAST_WORTH = 1e-12
-"""Any threshold is above it, and it says where units are cheapest."""
+"""Units go where they are cheapest then, unless there is a threshold."""
 
 
-def worth_of_units(
+def worth_by_site(
     estimator: GaussNewtonEstimator, sites: Sequence[Site], parts: GrowthData
 ) -> dict[str, float]:
-    """By site, by how much the mean loss would rise if one of its units went, on average.
+    """By site, what one of its units is worth on average; see `GaussNewtonEstimator.worth`.
 
     Where units can't be taken away (it is the only one) they are worth as much as anywhere. Where
-    all could go at no cost, next to nothing, all alike: the network has hardly learned anything.
+    all could go at no cost, next to nothing, all alike: the network has not learned anything yet.
 
     Args:
-      estimator: one that takes the network for trained (`at_minimum`).
+      estimator: of the model.
       sites: some whose widths can grow.
       parts: data.
     """
-    removals = [
-        removal
-        for site in sites
-        for kind in MORPHISMS.values()
-        if kind.units < 0 and kind.reason(site) is None
-        for removal in kind.candidates(site, new_units=1, seed=0)
-    ]
-    if not removals:
-        return {site.name: LEAST_WORTH for site in sites}
-    learned = estimator.learn(removals, parts.learn, steps=0)
-    changes = estimator.interaction(learned, parts.score).scores
-    by_site: dict[str, list[float]] = {}
-    for removal, change in zip(removals, changes, strict=True):
-        by_site.setdefault(removal.site.name, []).append(float(change))
-    means = {name: float(np.mean(some)) for name, some in by_site.items()}
-    most = max(means.values())
-    if not most > 0:
-        return {site.name: LEAST_WORTH for site in sites}
-    return {site.name: means.get(site.name, most) for site in sites}
+    names = [site.name for site in sites]
+    found = estimator.worth(parts.learn, parts.score, names)
+    means = {name: float(np.mean(some)) for name, some in found.items()}
+    most = max(means.values(), default=1.0)
+    return {name: means.get(name, most) if most > 0 else LEAST_WORTH for name in names}
 
 
 def allocate(
@@ -85,7 +71,7 @@ def allocate(
     """How many units to add to which site, and why no more.
 
     One step after the other goes where the next units (with `round_to`, as many as reach the next
-    multiple) are worth most for what they cost.
+    multiple) are worth most for what they cost. Some limit or `most` must end it.
 
     Args:
       worth: of a unit, by site.
@@ -95,32 +81,65 @@ def allocate(
       most: by site, most units that can be added.
     """
     now, extra = {site.name: site.units for site in sites}, dict.fromkeys(worth, 0)
-    open_to = [name for name in worth if worth[name] > 0]
-    reason = "no unit that is there is worth anything"
+    open_to, in_the_way = [name for name in worth if worth[name] > 0], dict[str, None]()
     while open_to:
-        spent, rates = getattr(costs.extra(extra), limits.unit), {}
-        for name in list(open_to):
-            units = now[name] + extra[name]
-            more = -units % (limits.round_to or 1) or (limits.round_to or 1)
-            trial = {**extra, name: extra[name] + more}
-            cost = costs.extra(trial)
-            if trial[name] > most[name] or not limits.allow(cost, sum(trial.values())):
+        offers = {
+            name: _Offer.of(now[name], extra, name, worth[name], costs, limits) for name in open_to
+        }
+        for name, offer in offers.items():
+            reasons = offer.reasons(limits, most[name])
+            if reasons:
+                in_the_way |= dict.fromkeys(reasons)
                 open_to.remove(name)
-                reason = "no further unit fits the budget"
-                continue
-            gain = sum((now[name] / (units + k)) ** RETURNS for k in range(more)) * worth[name]
-            rates[name] = gain, max(1, getattr(cost, limits.unit) - spent), more
-        if not rates:
-            break
-        best = max(rates, key=lambda name: rates[name][0] / rates[name][1] ** limits.cost_exponent)
-        gain, cost, more = rates[best]
-        if gain / cost < limits.min_gain_per_param:
+        if open_to:
+            best = max(open_to, key=lambda name: offers[name].rate(limits.cost_exponent))
+            extra = offers[best].extra
+    return {name: count for name, count in extra.items() if count}, "; ".join(in_the_way)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Offer:
+    """The next units of a site.
+
+    Attributes:
+      site: its name.
+      gain: what they are worth together.
+      price: what they cost beside those before, of what is limited.
+      extra: all units that would then be added, by site.
+      cost: of all of them.
+    """
+
+    site: str
+    gain: float
+    price: int
+    extra: dict[str, int]
+    cost: Cost
+
+    @classmethod
+    def of(cls, now: int, extra, site: str, worth: float, costs: CostModel, limits: Limits):
+        """With so many units now, and some added already."""
+        units = now + extra[site]
+        more = -units % (limits.round_to or 1) or (limits.round_to or 1)
+        wider = {**extra, site: extra[site] + more}
+        cost = costs.extra(wider)
+        price = getattr(cost, limits.unit) - getattr(costs.extra(extra), limits.unit)
+        gain = worth * sum((now / (units + k)) ** RETURNS for k in range(more))
+        return cls(site, gain, max(1, price), wider, cost)
+
+    def rate(self, exponent: float = 1.0) -> float:
+        """Worth for the price to a power."""
+        return self.gain / self.price**exponent
+
+    def reasons(self, limits: Limits, most: float) -> list[str]:
+        """Why it can't be taken."""
+        exceeded = limits.exceeded(self.cost, sum(self.extra.values()))
+        found = [limits.said([name]) for name in exceeded]
+        if self.extra[self.site] > most:
+            found.append("every unit is split already")
+        if self.rate() < limits.min_gain_per_param:
             unit = "parameter" if limits.unit == "params" else "FLOP"
-            open_to.remove(best)
-            reason = f"a unit's worth per {unit} fell under {limits.min_gain_per_param:g}"
-            continue
-        extra[best] += more
-    return {name: count for name, count in extra.items() if count}, reason
+            found.append(f"worth per {unit} fell under {limits.min_gain_per_param:g}")
+        return found
 
 
 def most_units(site: Site, kinds: Sequence[Morphism]) -> float:
@@ -150,12 +169,14 @@ def pick(
     rest = FreeLengths(interaction.linear, np.asarray(interaction.gram, np.float64), least)
     left, free = dict(wanted), np.ones(len(sites), dtype=bool)
     chosen: list[int] = []
+    of_site = {name: np.array([site == name for site in sites]) for name in left}
     while free.any():
         best = int(np.argmin(np.where(free, rest.changes(), np.inf)))
+        chosen.append(best)
+        rest.take(best)
+        free &= ~exclusive[best]
         free[best] = False
-        if left[sites[best]]:
-            left[sites[best]] -= 1
-            chosen.append(best)
-            rest.take(best)
-            free &= ~exclusive[best]
+        left[sites[best]] -= 1
+        if not left[sites[best]]:
+            free &= ~of_site[sites[best]]
     return chosen
