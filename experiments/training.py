@@ -42,7 +42,7 @@ class Recipe:
       seed: of everything random.
       restart: with `"cosine"`, the epoch after which the learning rate, fallen to 0, starts again;
         None is falling only once.
-      fall: with `"cosine"`, the share of the epochs, at the end, over which it falls.
+      fall: with `"cosine"`, without `restart`: over which share of the epochs, the last, it falls.
     """
 
     epochs: int

@@ -221,7 +221,7 @@ class GaussNewtonOracle(GrowthOracle):
         estimated = selection.estimated_change
         if self.score == "marginal" and chosen:
             # what was learned for settled weights may point uphill now
-            here = self._estimator(step).interaction(chosen, _parted(parts.learn)[1])
+            here = self._estimator(step).interaction(chosen, parts.score)
             chosen = _at_lengths(chosen, here)
             estimated = self.estimate(step.model, chosen, parts.score) or 0.0
             clock.lap("lengths")
