@@ -152,9 +152,7 @@ def plot_curves(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str])
             axes.set(xlabel="seconds" if unit == 1.0 else "training TFLOPs")
             axes.set(ylabel="validation accuracy (%)", title=f"{place[0]}, {place[1]}")
             axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
-    _label_methods(
-        figure, {m: known[m] for m in methods}, f"{reference} from scratch" if reference else ""
-    )
+    _label_methods(figure, {method: known[method] for method in methods}, reference)
     return write(figure, path)
 
 

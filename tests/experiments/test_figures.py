@@ -35,7 +35,8 @@ def drawn(monkeypatch):
         collected.append(figure)
         return _drawing.write(figure, path)
 
-    monkeypatch.setattr(figures, "write", keep)
+    for module in (figures, comparison_figures):
+        monkeypatch.setattr(module, "write", keep)
     return collected
 
 
@@ -130,6 +131,23 @@ def test_every_method_has_a_style_of_its_own_and_ours_stands_out():
     assert len({style.color for style in known.values()}) == len(METHODS)
     assert [name for name, style in known.items() if style.linewidth > 2] == ["gauss_newton"]
     assert known == comparison_figures.styles(METHODS[::-1])
+
+
+@pytest.mark.parametrize("methods", [("firefly", "gauss_newton"), ("firefly", "uniform")])
+def test_curves_show_every_method_as_grown_and_one_from_scratch(drawn, tmp_path, methods):
+    point = {"dataset": "digits", "model": "mlp", "budget": 100, "seed": 0}
+    rows = [
+        {**point, "method": method, "claim": claim, "epoch": epoch, "val_accuracy": 0.1 * epoch,
+         "training_flops": 1e12 * epoch, "seconds": epoch}
+        for method in methods for claim in ("grown", "from_scratch") for epoch in (1, 2)
+    ]  # fmt: skip
+    comparison_figures.plot_curves(rows, tmp_path / "curves.png")
+    (figure,) = drawn
+    for axes in figure.axes:
+        assert [line.get_linestyle() for line in axes.lines] == ["-", "-", "--"]
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    reference = "gauss_newton" if "gauss_newton" in methods else "firefly"
+    assert labels == [*methods, f"{reference} from scratch"]
 
 
 def test_missing_matplotlib_says_how_to_install(monkeypatch, tmp_path):
