@@ -47,7 +47,7 @@ types: install-dev
 
 # Everything in one run: conftest.py puts the slow tests last, and the workers take one test at a time.
 tests: install-dev
-	$(bin)/python -m pytest -m "" -n $(WORKERS) --dist=loadgroup --durations=10 -q
+	$(bin)/python -m pytest -m "" -n $(WORKERS) --maxschedchunk=1 --durations=10 -q
 
 tests-fast: install-dev
 	$(bin)/python -m pytest -n $(WORKERS) -q

@@ -26,14 +26,8 @@ def options(*arguments):
     return values
 
 
-# The tests of one group run in one process: it is swept once.
-ONE_SWEEP = pytest.mark.xdist_group("compare")
-
-
-@pytest.fixture(scope="module")
-def swept(tmp_path_factory):
+def swept(folder):
     """All cells of a tiny comparison, in this process, whose threads other tests share."""
-    folder = tmp_path_factory.mktemp("compare")
     chosen = options(f"--results_dir={folder}")
     with pytest.MonkeyPatch.context() as patch:
         spare_the_process(patch)
@@ -63,8 +57,7 @@ def test_cells_are_seed_by_seed_and_what_they_need_comes_first():
     assert len({cell.path for cell in cells}) == len(cells)
 
 
-@ONE_SWEEP
-def test_every_cell_is_within_its_budget_and_of_the_widths_that_were_found(swept):
+def check_every_cell_is_within_its_budget_and_of_the_widths_that_were_found(swept):
     _, cells = swept
     for cell in cells:
         found = kept(cell)
@@ -90,8 +83,7 @@ def test_every_cell_is_within_its_budget_and_of_the_widths_that_were_found(swept
         assert sum(curve["seconds"]) == pytest.approx(found["seconds"], rel=0.5)
 
 
-@ONE_SWEEP
-def test_same_flops_and_same_time_are_those_of_the_grown(swept):
+def check_same_flops_and_same_time_are_those_of_the_grown(swept):
     _, cells = swept
     by_claim = {(c.claim, c.seed): kept(c) for c in cells if c.method == "gauss_newton"}
     for seed in (0, 1):
@@ -102,8 +94,7 @@ def test_same_flops_and_same_time_are_those_of_the_grown(swept):
         assert by_claim["same_time", seed]["epochs"] > 3, "growing takes time besides training"
 
 
-@ONE_SWEEP
-def test_training_flops_are_three_forward_passes_of_what_the_network_was(swept):
+def check_training_flops_are_three_forward_passes_of_what_the_network_was(swept):
     _, cells = swept
     for cell in cells:
         found = kept(cell)
@@ -113,8 +104,7 @@ def test_training_flops_are_three_forward_passes_of_what_the_network_was(swept):
         assert set(steps) <= {flops / (3 * samples) for flops in found["by_epoch"]["flops"]}
 
 
-@ONE_SWEEP
-def test_the_template_scales_all_widths_alike_and_fills_the_budget(swept):
+def check_the_template_scales_all_widths_alike_and_fills_the_budget(swept):
     _, cells = swept
     for cell in cells:
         if cell.method == "template":
@@ -123,8 +113,7 @@ def test_the_template_scales_all_widths_alike_and_fills_the_budget(swept):
             assert kept(cell)["params"] > 450 - 80, "one more unit would cost 64 + 10 + ..."
 
 
-@ONE_SWEEP
-def test_finished_cells_are_not_run_again(swept, monkeypatch, capsys):
+def check_finished_cells_are_not_run_again(swept, monkeypatch, capsys):
     folder, cells = swept
 
     def never(*_):
@@ -143,8 +132,7 @@ def test_finished_cells_are_not_run_again(swept, monkeypatch, capsys):
         compare.sweep(other)
 
 
-@ONE_SWEEP
-def test_tables_follow_from_the_csv_alone(swept, tmp_path):
+def check_tables_follow_from_the_csv_alone(swept, tmp_path):
     folder, cells = swept
     results = standings.collect(folder)
     written = standings.write(results, tmp_path, str(tmp_path / "docs" / "results.md"))
@@ -169,6 +157,17 @@ def test_tables_follow_from_the_csv_alone(swept, tmp_path):
     (own,) = [line for line in page.splitlines() if line.startswith("gauss_newton: `")]
     assert "--curvature=sampled" in own
     assert "--epochs" not in own
+
+
+def test_a_sweep(tmp_path, monkeypatch, capsys):
+    """One sweep for all that is to be seen of one: several workers would each run it."""
+    found = swept(tmp_path / "sweep")
+    check_every_cell_is_within_its_budget_and_of_the_widths_that_were_found(found)
+    check_same_flops_and_same_time_are_those_of_the_grown(found)
+    check_training_flops_are_three_forward_passes_of_what_the_network_was(found)
+    check_the_template_scales_all_widths_alike_and_fills_the_budget(found)
+    check_finished_cells_are_not_run_again(found, monkeypatch, capsys)
+    check_tables_follow_from_the_csv_alone(found, tmp_path)
 
 
 def test_cost_until_the_accuracy_from_scratch():
