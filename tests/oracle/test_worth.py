@@ -41,9 +41,9 @@ ALIKE = {"d0": 1.0, "d1": 1.0, "d2": 1.0}
 
 @pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0])
 def test_the_next_unit_goes_where_it_is_worth_most_for_its_cost(exponent):
-    """Beside what always taking the best single unit comes to; units cost 5 to 43 parameters."""
-    sites, costs = parts_of(three_layers((2, 20, 3)))
-    worth = {"d0": 1.0, "d1": 0.2, "d2": 0.6}
+    """Beside what always taking the best single unit comes to; units cost 6 to 13 parameters."""
+    sites, costs = parts_of(three_layers((2, 7, 3)))
+    worth = {"d0": 1.0, "d1": 0.6, "d2": 0.6}
     extra = dict.fromkeys(worth, 0)
     for _ in range(12):
         before = costs.extra(extra).params
@@ -63,10 +63,27 @@ def test_the_next_unit_goes_where_it_is_worth_most_for_its_cost(exponent):
 
 
 EXPECTED = {
-    0.0: {"d0": 4, "d1": 4, "d2": 4},
-    0.5: {"d0": 3, "d1": 6, "d2": 3},
-    1.0: {"d0": 2, "d1": 9, "d2": 1},
+    0.0: {"d0": 3, "d1": 6, "d2": 3},
+    0.5: {"d0": 3, "d1": 7, "d2": 2},
+    1.0: {"d0": 2, "d1": 8, "d2": 2},
 }
+
+
+def test_wide_sites_grow_by_several_units_at_a_time_and_fill_the_budget():
+    sites, costs = parts_of(three_layers((2, 64, 3)))
+    worth, most = {"d0": 1e-9, "d1": 1.0, "d2": 1e-9}, dict.fromkeys(ALIKE, np.inf)
+    asked = []
+
+    class Counting:
+        def extra(self, units):
+            asked.append(units)
+            return costs.extra(units)
+
+    wanted, _ = allocate(worth, sites, Counting(), Limits(edits=40), most)
+    assert wanted == {"d1": 40}
+    assert len(asked) < 2 * 40, "one by one it would be 160"
+    odd, _ = allocate(worth, sites, costs, Limits(edits=40, round_to=8), most)
+    assert odd == {"d1": 40}
 
 
 def test_returns_diminish():

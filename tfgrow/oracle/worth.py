@@ -37,6 +37,9 @@ Measured on VGGs on CIFAR-10, six epochs in: 5 -> 8 -> 20 units of the second co
 of the sixth, 0.0039 -> 0.0020 -> 0.0009 (1.8, 2.4); 8 -> 20 of the first, 0.041 -> 0.009 (1.6).
 """
 
+AT_ONCE = 1 / 32
+"""Share of a site's units that is added at a time: single ones to wide networks would take long."""
+
 LEAST_WORTH = 1e-12
 """Units go where they are cheapest then, unless there is a threshold."""
 
@@ -70,8 +73,8 @@ def allocate(
 ) -> tuple[dict[str, int], str]:
     """How many units to add to which site, and why no more.
 
-    One step after the other goes where the next units (with `round_to`, as many as reach the next
-    multiple) are worth most for what they cost. Some limit or `most` must end it.
+    One step after the other goes where the next unit is worth most for what it costs; of wide sites
+    the next few, with `round_to` as many as reach a multiple. Some limit or `most` must end it.
 
     Args:
       worth: of a unit, by site.
@@ -83,18 +86,34 @@ def allocate(
     now, extra = {site.name: site.units for site in sites}, dict.fromkeys(worth, 0)
     open_to, in_the_way = [name for name in worth if worth[name] > 0], dict[str, None]()
     while open_to:
-        offers = {
-            name: _Offer.of(now[name], extra, name, worth[name], costs, limits) for name in open_to
-        }
-        for name, offer in offers.items():
-            reasons = offer.reasons(limits, most[name])
+        offers, spent = {}, costs.extra(extra)
+        for name in list(open_to):
+            for more in _steps(now[name] + extra[name], limits.round_to or 1):
+                wider = {**extra, name: extra[name] + more}
+                gain = worth[name] * _returns(now[name], extra[name], wider[name])
+                offers[name] = _Offer(name, more, gain, wider, costs.extra(wider), spent)
+                reasons = offers[name].reasons(limits, most[name])
+                if not reasons:
+                    break
             if reasons:
                 in_the_way |= dict.fromkeys(reasons)
                 open_to.remove(name)
         if open_to:
-            best = max(open_to, key=lambda name: offers[name].rate(limits.cost_exponent))
+            best = max(open_to, key=lambda name: offers[name].rate(limits))
             extra = offers[best].extra
     return {name: count for name, count in extra.items() if count}, "; ".join(in_the_way)
+
+
+def _steps(units: int, multiple: int) -> list[int]:
+    """By how many units a site may be widened next: the larger step, and the smallest."""
+    least = -units % multiple or multiple
+    more = int(AT_ONCE * units) // multiple * multiple
+    return [least + more, least] if more else [least]
+
+
+def _returns(now: int, first: int, last: int) -> float:
+    """What units from one number of new ones to another are worth, in terms of those there are."""
+    return sum((now / (now + k)) ** RETURNS for k in range(first, last))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,32 +122,25 @@ class _Offer:
 
     Attributes:
       site: its name.
+      units: how many.
       gain: what they are worth together.
-      price: what they cost beside those before, of what is limited.
       extra: all units that would then be added, by site.
       cost: of all of them.
+      spent: of those before.
     """
 
     site: str
+    units: int
     gain: float
-    price: int
     extra: dict[str, int]
     cost: Cost
+    spent: Cost
 
-    @classmethod
-    def of(cls, now: int, extra, site: str, worth: float, costs: CostModel, limits: Limits):
-        """With so many units now, and some added already."""
-        units = now + extra[site]
-        more = -units % (limits.round_to or 1) or (limits.round_to or 1)
-        wider = {**extra, site: extra[site] + more}
-        cost = costs.extra(wider)
-        price = getattr(cost, limits.unit) - getattr(costs.extra(extra), limits.unit)
-        gain = worth * sum((now / (units + k)) ** RETURNS for k in range(more))
-        return cls(site, gain, max(1, price), wider, cost)
-
-    def rate(self, exponent: float = 1.0) -> float:
-        """Worth for the price to a power."""
-        return self.gain / self.price**exponent
+    def rate(self, limits: Limits, exponent: float | None = None) -> float:
+        """Worth of one of them, on average, for what it costs to a power."""
+        price = getattr(self.cost, limits.unit) - getattr(self.spent, limits.unit)
+        power = limits.cost_exponent if exponent is None else exponent
+        return self.gain / self.units / (max(1, price) / self.units) ** power
 
     def reasons(self, limits: Limits, most: float) -> list[str]:
         """Why it can't be taken."""
@@ -136,7 +148,7 @@ class _Offer:
         found = [limits.said([name]) for name in exceeded]
         if self.extra[self.site] > most:
             found.append("every unit is split already")
-        if self.rate() < limits.min_gain_per_param:
+        if self.rate(limits, 1.0) < limits.min_gain_per_param:
             unit = "parameter" if limits.unit == "params" else "FLOP"
             found.append(f"worth per {unit} fell under {limits.min_gain_per_param:g}")
         return found
