@@ -229,7 +229,7 @@ class GaussNewtonEstimator:
         """
         every = sites_of(self.model, self._graph)
         wanted = {site.name for site in every} if sites is None else set(sites)
-        alone = removals(site for site in every if site.name in wanted)
+        alone = removals([site for site in every if site.name in wanted])
         if not alone:
             return {}
         with self._at_minimum():

@@ -127,25 +127,26 @@ def edits_of_sites(
     seed: int,
 ) -> list[Candidate]:
     """`candidates` of some sites, with so many new units by site."""
-    found = [
+    found = _made(sites, kinds, new_units, seed)
+    return [candidate.replace(cost=joint_cost(costs, [candidate])) for candidate in found]
+
+
+def removals(sites: Sequence[Site]) -> list[Candidate]:
+    """Of each unit that can be taken away, alone."""
+    kinds = (_NO_EDITS[PruneAlone.name], MORPHISMS[PruneHeads.name])
+    return _made(sites, kinds, {site.name: 0 for site in sites}, seed=0)
+
+
+def _made(
+    sites: Iterable[Site], kinds: Sequence[Morphism], new_units: Mapping[str, int], seed: int
+) -> list[Candidate]:
+    """What each kind makes of each site where it is possible."""
+    return [
         candidate
         for site in sites
         for kind in kinds
         if kind.reason(site) is None
         for candidate in kind.candidates(site, new_units=new_units[site.name], seed=seed)
-    ]
-    return [candidate.replace(cost=joint_cost(costs, [candidate])) for candidate in found]
-
-
-def removals(sites: Iterable[Site]) -> list[Candidate]:
-    """Of each unit that can be taken away, alone."""
-    kinds = (_NO_EDITS[PruneAlone.name], MORPHISMS[PruneHeads.name])
-    return [
-        removal
-        for site in sites
-        for kind in kinds
-        if kind.reason(site) is None
-        for removal in kind.candidates(site, new_units=1, seed=0)
     ]
 
 

@@ -86,12 +86,14 @@ def allocate(
     now, extra = {site.name: site.units for site in sites}, dict.fromkeys(worth, 0)
     open_to, in_the_way = [name for name in worth if worth[name] > 0], dict[str, None]()
     while open_to:
-        offers, spent = {}, costs.extra(extra)
+        offers, spent = {}, getattr(costs.extra(extra), limits.unit)
         for name in list(open_to):
             for more in _steps(now[name] + extra[name], limits.round_to or 1):
                 wider = {**extra, name: extra[name] + more}
                 gain = worth[name] * _returns(now[name], extra[name], wider[name])
-                offers[name] = _Offer(name, more, gain, wider, costs.extra(wider), spent)
+                cost = costs.extra(wider)
+                price = getattr(cost, limits.unit) - spent
+                offers[name] = _Offer(name, more, gain, price, wider, cost)
                 reasons = offers[name].reasons(limits, most[name])
                 if not reasons:
                     break
@@ -99,7 +101,7 @@ def allocate(
                 in_the_way |= dict.fromkeys(reasons)
                 open_to.remove(name)
         if open_to:
-            best = max(open_to, key=lambda name: offers[name].rate(limits))
+            best = max(open_to, key=lambda name: offers[name].rate(limits.cost_exponent))
             extra = offers[best].extra
     return {name: count for name, count in extra.items() if count}, "; ".join(in_the_way)
 
@@ -124,23 +126,21 @@ class _Offer:
       site: its name.
       units: how many.
       gain: what they are worth together.
+      price: what they cost beside those before, of what is limited.
       extra: all units that would then be added, by site.
       cost: of all of them.
-      spent: of those before.
     """
 
     site: str
     units: int
     gain: float
+    price: int
     extra: dict[str, int]
     cost: Cost
-    spent: Cost
 
-    def rate(self, limits: Limits, exponent: float | None = None) -> float:
+    def rate(self, exponent: float = 1.0) -> float:
         """Worth of one of them, on average, for what it costs to a power."""
-        price = getattr(self.cost, limits.unit) - getattr(self.spent, limits.unit)
-        power = limits.cost_exponent if exponent is None else exponent
-        return self.gain / self.units / (max(1, price) / self.units) ** power
+        return self.gain / self.units / (max(1, self.price) / self.units) ** exponent
 
     def reasons(self, limits: Limits, most: float) -> list[str]:
         """Why it can't be taken."""
@@ -148,7 +148,7 @@ class _Offer:
         found = [limits.said([name]) for name in exceeded]
         if self.extra[self.site] > most:
             found.append("every unit is split already")
-        if self.rate(limits, 1.0) < limits.min_gain_per_param:
+        if self.rate() < limits.min_gain_per_param:
             unit = "parameter" if limits.unit == "params" else "FLOP"
             found.append(f"worth per {unit} fell under {limits.min_gain_per_param:g}")
         return found
