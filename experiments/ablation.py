@@ -26,61 +26,66 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 STRATEGY = "gauss_newton"
 
+RAW = {"score": "raw", "morphisms": ["split", "add"], "cost_exponent": 1.0}
+
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
     STRATEGY: {},
-    "exact": {"curvature": "exact"},
-    "empirical": {"curvature": "empirical"},
-    "independent": {"joint": False},
-    "marginal": {"score": "marginal"},
-    "root_of_cost": {"cost_exponent": 0.5},
-    "gain_alone": {"cost_exponent": 0.0},
-    "marginal_add": {
-        "score": "marginal",
-        "cost_exponent": 0.5,
-        "morphisms": ["add"],
-        "new_units": 8,
-    },
-    "worth": {"score": "worth"},
-    "worth_add": {"score": "worth", "morphisms": ["add"]},
-    "worth_split": {"score": "worth", "morphisms": ["split"]},
-    "same_samples": {"cross_fitted": False},
+    "raw": RAW,
+    "marginal": {"score": "marginal", "new_units": 8},
+    "first_order": {"strategy": "gradmax"},
+    "split_and_add": {"morphisms": ["split", "add"]},
+    "split_only": {"morphisms": ["split"]},
+    "per_parameter": {"cost_exponent": 1.0},
+    "cost_aside": {"cost_exponent": 0.0},
+    "falling_rate": {"fall": 1.0},
+    "late": {"every": 2, "settle": 0.3},
+    "small_steps": {"growth_per_step": 0.2, "rounds": 3},
+    "large_steps": {"growth_per_step": 4.0},
     "no_guard": {"guard": False},
     "average": {"ema_momentum": 0.99},
-    "split_only": {"morphisms": ["split"]},
-    "add_only": {"morphisms": ["add"]},
-    "with_prune": {"morphisms": ["split", "add", "prune"]},
+    "exact": {"curvature": "exact"},
+    "empirical": {"curvature": "empirical"},
     "few_steps": {"learn_steps": 2},
     "many_steps": {"learn_steps": 32},
     "few_samples": {"score_batches": 4},
     "many_samples": {"score_batches": 64},
-    "large_steps": {"growth_per_step": 4.0},
-    "small_steps": {"growth_per_step": 0.2, "rounds": 3},
+    "same_samples": {"cross_fitted": False},
+    "independent": {"joint": False},
+    "raw_add": {**RAW, "morphisms": ["add"]},
+    "raw_split": {**RAW, "morphisms": ["split"]},
+    "raw_with_prune": {**RAW, "morphisms": ["split", "add", "prune"]},
+    "raw_same_samples": {**RAW, "cross_fitted": False},
+    "raw_independent": {**RAW, "joint": False},
 }
 """What each differs in: flags of `experiments.compare`, and `experiments.contest.CHANGES`."""
 
 SAID = {
-    "exact": "exact columns of the curvature instead of one sampled column per image",
-    "empirical": "curvature from the labels' own gradients",
-    "independent": "candidates chosen each by its own gain, overlaps counted twice",
-    "marginal": "candidates scored by what they bring beyond training the existing weights",
-    "root_of_cost": "gains compared per root of the parameters",
-    "gain_alone": "gains compared as they are, whatever they cost within the budget",
-    "marginal_add": "new units only, scored as in `marginal`, per root of the parameters",
-    "worth": "units go where those that are there are worth most for their parameters",
-    "worth_add": "as in `worth`, new units only",
-    "worth_split": "as in `worth`, splits only",
-    "same_samples": "candidates scored on the batches they were learned on",
+    "raw": "splits and new units scored by what they bring at once, per parameter",
+    "marginal": "scored by what they bring beyond training the existing weights",
+    "first_order": "the gradient alone: new units, sites and directions as in GradMax",
+    "split_and_add": "edits are splits and new units",
+    "split_only": "edits are splits",
+    "per_parameter": "worth compared per parameter instead of per root of the parameters",
+    "cost_aside": "worth compared as it is, whatever units cost within the budget",
+    "falling_rate": "the learning rate falls from the start, not from half of the epochs on",
+    "late": "grown every other epoch, until 70% of the epochs",
+    "small_steps": "many small events, up to three at a time",
+    "large_steps": "all growth that the budget allows in few events",
     "no_guard": "sets are applied whatever the held-out loss says",
     "average": "grown at the running average of the weights where that is better",
-    "split_only": "edits are splits",
-    "add_only": "edits are new units",
-    "with_prune": "units can be removed, too",
+    "exact": "exact columns of the curvature instead of one sampled column per image",
+    "empirical": "curvature from the labels' own gradients",
     "few_steps": "2 learning steps of theta",
     "many_steps": "32 learning steps of theta",
-    "few_samples": "candidates scored on 4 batches",
-    "many_samples": "candidates scored on 64 batches",
-    "large_steps": "all growth that the budget allows in few events",
-    "small_steps": "many small events, up to three at a time",
+    "few_samples": "scored on 4 batches",
+    "many_samples": "scored on 64 batches",
+    "same_samples": "scored on the batches that were learned on",
+    "independent": "each edit takes its own gain for itself, overlaps counted twice",
+    "raw_add": "`raw`, new units only",
+    "raw_split": "`raw`, splits only",
+    "raw_with_prune": "`raw`, and units can be removed, too",
+    "raw_same_samples": "`raw`, scored on the batches that were learned on",
+    "raw_independent": "`raw`, overlaps counted twice",
 }
 
 
@@ -90,7 +95,6 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     compare.define_some("variants", VARIANTS, VARIANTS, "What is grown.", values)
     values.set_default("results_dir", "experiments/results/ablation")
     values.set_default("docs", "docs/ablation.md")
-    values.set_default("budgets", ["20000"])
     flags.adopt_module_key_flags(compare, flag_values=values)  # else --help would not list them
 
 

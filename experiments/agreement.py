@@ -221,19 +221,17 @@ parameters in every layer:
 """
 
 
-def write_page(path: Path, results: Mapping[tuple[int, ...], Mapping[int, Any]]) -> None:
+def write_page(path: str, results: Mapping[tuple[int, ...], Mapping[int, Any]]) -> None:
     """Writes both tables as Markdown."""
     from experiments import tables
 
     settings = next(iter(next(iter(results.values())).values()))[BASE]["settings"]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(
-        PAGE.format(
-            **settings,
-            gains=tables.markdown(GAINS, gains_of(results)),
-            correlations=tables.markdown(COLUMNS, rows_of(results)),
-        )
+    text = PAGE.format(
+        **settings,
+        gains=tables.markdown(GAINS, gains_of(results)),
+        correlations=tables.markdown(COLUMNS, rows_of(results)),
     )
+    tables.write_page(path, text)
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
@@ -305,7 +303,7 @@ def main(arguments: list[str]) -> None:
     tables.show(GAINS, gains_of(results))
     tables.show(COLUMNS, rows_of(results))
     if flags.FLAGS.docs:
-        write_page(Path(flags.FLAGS.docs), results)
+        write_page(flags.FLAGS.docs, results)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 r"""Growing by Gauss-Newton beside other ways to grow: the same networks, budgets, recipe and seeds.
 
     python -m experiments.compare --data_dir=$HOME/tensorflow_datasets
-    python -m experiments.compare --methods=gauss_newton,uniform --budgets=10000 --seeds=1
+    python -m experiments.compare --methods=gauss_newton,uniform --budgets=10000 --results_dir=r
 
 Two claims, kept apart. *Better architectures*: the widths that a method found, trained from scratch
 (`from_scratch`), beside a template whose widths are all scaled alike. *Cheaper training*: the
@@ -44,12 +44,12 @@ os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 # Networks whose widths that can grow are exactly those that `models.build` takes.
-MODELS = ("vgg", "mlp", "resnet", "vgg_no_bn", "vgg_gelu")
+MODELS = ("vgg", "vgg_uneven", "mlp", "resnet", "vgg_no_bn", "vgg_gelu")
 # The names of tfgrow.strategies, which takes seconds to import.
-METHODS = (
-    TEMPLATE, "firefly", CLOCKED, "gradmax", "net2net", "random", "splitting", "tiny", "uniform",
-    SEARCH,
+GROWERS = (
+    "firefly", CLOCKED, "gradmax", "net2net", "random", "splitting", "tiny", "uniform",
 )  # fmt: skip
+METHODS = (TEMPLATE, *GROWERS, SEARCH)
 
 COMMON = (
     "data_dir", "max_train", "widths", "augment", "epochs", "every", "settle", "rounds",
@@ -63,7 +63,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     """Defines this binary's flags."""
     define_common_flags(values)
     for name, some, known, text in (
-        ("methods", METHODS, METHODS, "What chooses the widths."),
+        ("methods", (TEMPLATE, *GROWERS), METHODS, "What chooses the widths."),
         ("claims", CLAIMS, CLAIMS, "Which trainings of each method."),
         ("references", ("gauss_newton",), METHODS, "Methods of same_flops and same_time."),
     ):
@@ -87,8 +87,8 @@ def define_common_flags(values: flags.FlagValues) -> None:
     define_some("models", ("vgg",), MODELS, "Seed networks of experiments.models.", values)
     for name, chosen, text in (
         ("datasets", ["cifar10"], "digits, or TensorFlow Datasets names."),
-        ("budgets", ["10000", "20000", "40000"], "Most parameters of the grown networks."),
-        ("morphisms", ["split", "add"], "Kinds of edits of gauss_newton."),
+        ("budgets", ["20000"], "Most parameters of the grown networks."),
+        ("morphisms", ["add"], "Kinds of edits of gauss_newton."),
     ):
         flags.DEFINE_list(name, chosen, text, flag_values=values)
     for name, text_default, text in (
@@ -100,25 +100,25 @@ def define_common_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_list("widths", None, "Units per layer of the seed networks.", flag_values=values)
     flags.DEFINE_bool("augment", False, "Shift (and mirror) the images.", flag_values=values)
     for name, number, text, least in (
-        ("max_train", None, "Training images used, at most.", 100),
+        ("max_train", 10_000, "Training images used, at most.", 100),
         ("seeds", 3, "Number of seeds: 0, 1, ...", 1),
-        ("epochs", 20, "Epochs of the grown networks, and from scratch.", 2),
-        ("every", 2, "Epochs from one moment of growth to the next.", 1),
+        ("epochs", 12, "Epochs of the grown networks, and from scratch.", 2),
+        ("every", 1, "Epochs from one moment of growth to the next.", 1),
         ("rounds", 1, "Events at a time, at most.", 1),
         ("new_units", 4, "New units tried per layer and event, of gauss_newton.", 1),
-        ("batch_size", 128, "Images per training step.", 1),
+        ("batch_size", 64, "Images per training step.", 1),
         ("threads", 2, "Threads of TensorFlow within an operation.", 1),
         ("jobs", 1, "Trainings side by side; with more, clocks tell less.", 1),
     ):
         flags.DEFINE_integer(name, number, text, least, flag_values=values)
     for name, share, text in (
         ("learning_rate", 3e-3, "At the start; it falls to 0."),
-        ("settle", 0.3, "Share of the epochs, at the end, without growth."),
-        ("growth_per_step", 0.5, "Most parameters an event adds, relative to those before."),
+        ("settle", 0.5, "Share of the epochs, at the end, without growth."),
+        ("growth_per_step", 1.0, "Most parameters an event adds, relative to those before."),
     ):
         flags.DEFINE_float(name, share, text, 0.0, flag_values=values)
     flags.DEFINE_float(
-        "fall", 1.0, "Share of the epochs, at the end, over which the learning rate falls.",
+        "fall", 0.5, "Share of the epochs, at the end, over which the learning rate falls.",
         0.01, 1.0, flag_values=values,
     )  # fmt: skip
     flags.DEFINE_float(
@@ -126,11 +126,11 @@ def define_common_flags(values: flags.FlagValues) -> None:
         0.0, 1.0, flag_values=values,
     )  # fmt: skip
     flags.DEFINE_float(
-        "cost_exponent", 1.0, "Gains of gauss_newton are per cost to the power of this.", 0.0, 1.0,
+        "cost_exponent", 0.5, "Gains of gauss_newton are per cost to the power of this.", 0.0, 1.0,
         flag_values=values,
     )  # fmt: skip
     flags.DEFINE_enum(
-        "score", "raw", ("raw", "marginal", "worth"), "What gauss_newton goes by.",
+        "score", "worth", ("raw", "marginal", "worth"), "What gauss_newton goes by.",
         flag_values=values,
     )  # fmt: skip
     flags.DEFINE_enum(

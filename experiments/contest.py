@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.cells import begin, recipe_of, until_time_is_up
+from experiments.variants import widths_of
 
 GROWN, FROM_SCRATCH, SAME_FLOPS, SAME_TIME = "grown", "from_scratch", "same_flops", "same_time"
 CLAIMS = (GROWN, FROM_SCRATCH, SAME_FLOPS, SAME_TIME)
@@ -85,7 +86,8 @@ class Cell:
         own = {name for names in OWN_SETTINGS.values() for name in names}
         own -= set(OWN_SETTINGS.get(self.strategy, ()))
         left_out = {*places, *own}
-        return {name: value for name, value in self.common.items() if name not in left_out}
+        found = {name: value for name, value in self.common.items() if name not in left_out}
+        return found | {"widths": widths_of(self.model, self.common["widths"])}
 
 
 def run_cell(cell: Cell, grown: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from experiments import datasets, models, tables
 from experiments._messages import in_words, quiet_logs
 from experiments.progress import Progress
 from experiments.rival import RivalTimes, time_rival
+from experiments.variants import widths_of
 
 CIFAR_WIDTHS = (8, 8, 16, 16, 32, 32)
 SMALL_WIDTHS = (4, 4, 8, 8, 16, 16)
@@ -383,7 +384,7 @@ def _widths(data: datasets.Dataset, options) -> list[int]:
     if options.widths:
         return models.parse_widths(options.widths)
     if options.model in ("mlp", "vit"):
-        return list(models.VARIANTS[options.model].widths)
+        return widths_of(options.model, None)
     return list(CIFAR_WIDTHS if min(data.input_shape[:2]) >= 28 else SMALL_WIDTHS)
 
 

@@ -10,7 +10,7 @@ all at once. `realized` is the measured over the estimated change of the latter,
 growth (`GrowthEvent.realized`).
 
 Each network is trained in a process of its own, and writes one JSON file under --results_dir when
-it has ended; one whose file exists is not run again.
+it has ended; one whose file exists is not run again. All of them make up the page --docs.
 """
 
 from __future__ import annotations
@@ -178,12 +178,59 @@ def rows_of(results: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
     return rows
 
 
+PAGE = """# Estimates against depth
+
+Made by `python -m experiments.depth` from `experiments/results/depth`; don't edit by hand.
+
+Networks of {width} units per layer (VGG) or block (with residual connections) are trained on
+{max_train:,} images of {dataset}. After so many epochs as the table says, a split and a new unit at
+{places} sites spread over the depth are learned, and estimated on {samples:,} images that nothing
+was learned on. Beside the estimates stands what really expanding the network changes: of each edit
+alone (correlation, and median relative error), and of all of them at once (`realized` is the
+measured over the estimated change, as in `GrowthEvent.realized`).
+
+{table}
+
+![Measured over estimated change, against depth](images/depth.png)
+
+`tfgrow.callbacks.Growth` warns of an event that realizes less than {doubtful:.0%} of what was
+estimated, if that was more than {relevant:.0%} of the loss. Every event says it, in the journal and
+in `growth.events`.
+"""
+
+
+def write_page(path: str, results: Sequence[Mapping[str, Any]]) -> list[Path]:
+    """Writes the page and its picture."""
+    from experiments import figures, tables
+    from tfgrow.callbacks import DOUBTFUL, RELEVANT
+
+    rows = [
+        {
+            "family": result["family"],
+            "depth": result["depth"],
+            "epochs": reading["epochs"],
+            "realized": reading["true together"] / reading["estimated together"],
+        }
+        for result in results
+        for reading in result["readings"]
+    ]
+    text = PAGE.format(
+        **results[0]["settings"],
+        table=tables.markdown(COLUMNS, rows_of(results)),
+        doubtful=DOUBTFUL,
+        relevant=RELEVANT,
+    )
+    picture = figures.plot_realized(rows, Path(path).parent / "images" / "depth.png")
+    return [tables.write_page(path, text), picture]
+
+
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     """Defines this binary's flags."""
     for name, text_default, text in (
         ("dataset", "cifar10", "digits, or a TensorFlow Datasets name."),
         ("data_dir", None, "Where TensorFlow Datasets keeps its data."),
         ("results_dir", "experiments/results/depth", "Where the cells are kept."),
+        ("docs", "docs/depth.md", "The page to write; empty for none."),
     ):
         flags.DEFINE_string(name, text_default, text, flag_values=values)
     for name, numbers, text in (
@@ -231,7 +278,7 @@ def cells_of(options: Any) -> list[Cell]:
 
 
 def main(arguments: list[str]) -> None:
-    """Runs the cells that are missing and prints all."""
+    """Runs the cells that are missing, and lays out all."""
     if len(arguments) > 1:
         raise app.UsageError(f"Unexpected arguments {arguments[1:]}; settings are --flags.")
     quiet_logs()
@@ -247,6 +294,8 @@ def main(arguments: list[str]) -> None:
     from experiments import tables
 
     tables.show(COLUMNS, rows_of(results))
+    if flags.FLAGS.docs:
+        write_page(flags.FLAGS.docs, results)
 
 
 if __name__ == "__main__":

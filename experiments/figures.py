@@ -217,6 +217,35 @@ def plot_removal(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]
     return write(figure, path)
 
 
+def plot_realized(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> Path:
+    """Draws what sets of edits brought, relative to the estimates, against the network's depth.
+
+    Args:
+      rows: mappings with `family`, `depth`, `epochs` (after which it was read) and `realized`; the
+        mean of rows that differ in the latter only is joined by lines.
+      path: the file to write.
+    """
+    figure = new_figure(6.4, 4.0)
+    axes = figure.subplots()
+    series = sorted({(row["family"], row["epochs"]) for row in rows})
+    for number, (family, epochs) in enumerate(series):
+        mine = [row for row in rows if (row["family"], row["epochs"]) == (family, epochs)]
+        color, marker = PALETTE[number % len(PALETTE)], MARKERS[number % len(MARKERS)]
+        depths = sorted({row["depth"] for row in mine})
+        means = [np.mean([r["realized"] for r in mine if r["depth"] == depth]) for depth in depths]
+        label = f"{family}, after {epochs} epoch{'s' if epochs > 1 else ''}"
+        axes.plot(depths, means, color=color, label=label)
+        axes.scatter(
+            [row["depth"] for row in mine], [row["realized"] for row in mine], color=color,
+            marker=marker, s=28,
+        )  # fmt: skip
+    axes.axhline(1, color=GREY, linewidth=0.8, linestyle="--")
+    axes.set_xlabel("convolutions")
+    axes.set_ylabel("measured / estimated change")
+    axes.legend(frameon=False, fontsize=9)
+    return write(figure, path)
+
+
 def _draw_widths(
     axes: Any,
     events: Sequence[Any],

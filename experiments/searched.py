@@ -17,8 +17,9 @@ from typing import Any
 import keras
 import keras_tuner
 
-from experiments import models, training
+from experiments import training
 from experiments.datasets import Dataset
+from experiments.variants import widths_of
 
 MOST = 4.0
 """A layer's factor lies between the inverse of this and this."""
@@ -94,7 +95,7 @@ class Widths:
         augment: bool = False,
     ) -> None:
         self._name, self._data, self._augment = name, data, augment
-        self._seed_widths = widths or models.VARIANTS[name].widths
+        self._seed_widths = widths_of(name, widths)
         self._budget, self._recipe = budget, recipe
 
     def __call__(self, hp: keras_tuner.HyperParameters) -> keras.Model:

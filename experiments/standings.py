@@ -95,12 +95,9 @@ def write(
     _write_csv(written[0], (*CELL, *FIGURES), results.cells)
     _write_csv(written[1], (*CELL, *CURVE), results.curves)
     if docs and results.cells:
-        page = Path(docs)
-        page.parent.mkdir(parents=True, exist_ok=True)
         if introduction is None:
-            written += draw(results, page.parent / "images")
-        page.write_text(page_of(read(folder), introduction))
-        written.append(page)
+            written += draw(results, Path(docs).parent / "images")
+        written.append(tables.write_page(docs, page_of(read(folder), introduction)))
     return written
 
 
@@ -258,13 +255,18 @@ def page_of(results: Results, introduction: str | None = None) -> str:
 
 
 def _recipe(rows: Sequence[Row]) -> Iterable[str]:
-    """The flags that all cells have in common, and what some methods have besides."""
-    flags = {row["method"]: set(str(row["settings"]).split()) for row in rows}
-    shared = set.intersection(*flags.values())
+    """The flags that all cells have in common, and what those of a network or a method share."""
+    shared = _shared_flags(rows)
     yield f"All cells: `{' '.join(sorted(shared))}`."
-    for method, own in sorted(flags.items()):
-        if own - shared:
-            yield f"{method}: `{' '.join(sorted(own - shared))}`."
+    for column in ("model", "method"):
+        for name in sorted({row[column] for row in rows}):
+            own = _shared_flags(row for row in rows if row[column] == name) - shared
+            if own:
+                yield f"{name}: `{' '.join(sorted(own))}`."
+
+
+def _shared_flags(rows: Iterable[Row]) -> set[str]:
+    return set.intersection(*(set(str(row["settings"]).split()) for row in rows))
 
 
 PICTURES = {

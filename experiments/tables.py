@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, TextIO
 
 from numpy.typing import ArrayLike
@@ -98,6 +100,14 @@ def show(
     for row in cells[1:]:
         table.add_row(*map(Text, row))
     Console(file=stream).print(table)
+
+
+def write_page(path: str | os.PathLike[str], text: str) -> Path:
+    """Writes a page of the docs, its folder too if there is none."""
+    page = Path(path)
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(text)
+    return page
 
 
 def _cells(

@@ -303,7 +303,7 @@ def page(results: Sequence[Mapping[str, Any]]) -> str:
 
 def write(results: Sequence[Mapping[str, Any]], options: Any) -> None:
     """Writes `zoo.json`, `zoo.csv` and the page."""
-    from experiments import reports
+    from experiments import reports, tables
 
     folder = Path(options.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -313,9 +313,7 @@ def write(results: Sequence[Mapping[str, Any]], options: Any) -> None:
         csv.writer(file).writerows([columns, *rows])
     written = [folder / "zoo.json", folder / "zoo.csv"]
     if options.docs:
-        Path(options.docs).parent.mkdir(parents=True, exist_ok=True)
-        Path(options.docs).write_text(page(results))
-        written.append(Path(options.docs))
+        written.append(tables.write_page(options.docs, page(results)))
     print("written: " + ", ".join(map(str, written)))
 
 

@@ -82,7 +82,7 @@ def test_truth_is_that_of_a_really_expanded_copy(data):
     )
 
 
-def test_the_table_is_over_seeds():
+def test_the_page_is_over_seeds(tmp_path):
     def reading(scale):
         return {
             "epochs": 1, "loss": 1.0, "kinds": ["split", "split", "add", "add"],
@@ -94,6 +94,14 @@ def test_the_table_is_over_seeds():
         {"family": "plain", "depth": 8, "readings": [reading(scale)]} for scale in (0.5, 1.0)
     ]
     (row,) = depth.rows_of(results)
+    settings = {"width": 8, "max_train": 900, "dataset": "digits", "places": 2, "samples": 64}
+    told = [{**result, "settings": settings} for result in results]
+    page, picture = depth.write_page(str(tmp_path / "docs" / "depth.md"), told)
+    assert picture == tmp_path / "docs" / "images" / "depth.png"
+    assert picture.stat().st_size > 5000
+    assert "900 images of digits" in page.read_text()
+    assert "| plain |" in page.read_text()
+    assert "less than 25%" in page.read_text()
     assert row == ["plain", 8, 1, 2, "1.000 ± 0.000", "1.000", "0%", *row[7:9], "0.75 ± 0.35"]
     assert row[8] == "0%"
     assert float(row[7]) < 1

@@ -135,7 +135,7 @@ def test_probabilities_stay_float32_under_mixed_precision():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "vgg19"}, "Unknown model 'vgg19'; expected one of vgg, vgg_no_bn"),
+        ({"name": "vgg19"}, "Unknown model 'vgg19'; expected one of vgg, vgg_uneven"),
         ({"widths": ()}, "needs positive widths"),
         ({"widths": (4, 0)}, r"needs positive widths, found \(4, 0\)"),
         ({"input_shape": (8, 8)}, "Expected input_shape"),
