@@ -32,8 +32,10 @@ from experiments.cells import in_fresh_process, load
 from experiments.contest import (
     CLAIMS,
     CLOCKED,
+    FLOPS,
     FROM_SCRATCH,
     GROWN,
+    PARAMS,
     SEARCH,
     TEMPLATE,
     Cell,
@@ -52,8 +54,8 @@ GROWERS = (
 METHODS = (TEMPLATE, *GROWERS, SEARCH)
 
 COMMON = (
-    "data_dir", "max_train", "widths", "augment", "epochs", "every", "settle", "rounds",
-    "growth_per_step", "ema_momentum", "morphisms", "new_units", "curvature", "score",
+    "data_dir", "max_train", "budget_in", "widths", "augment", "epochs", "every", "settle",
+    "rounds", "growth_per_step", "ema_momentum", "morphisms", "new_units", "curvature", "score",
     "cost_exponent", "batch_size", "learning_rate", "fall", "optimizer", "threads",
     "results_dir",
 )  # fmt: skip
@@ -87,7 +89,7 @@ def define_common_flags(values: flags.FlagValues) -> None:
     define_some("models", ("vgg",), MODELS, "Seed networks of experiments.models.", values)
     for name, chosen, text in (
         ("datasets", ["cifar10"], "digits, or TensorFlow Datasets names."),
-        ("budgets", ["20000"], "Most parameters of the grown networks."),
+        ("budgets", ["20000"], "Most parameters of the grown networks, or FLOPs: --budget_in."),
         ("morphisms", ["add"], "Kinds of edits of gauss_newton."),
     ):
         flags.DEFINE_list(name, chosen, text, flag_values=values)
@@ -130,6 +132,9 @@ def define_common_flags(values: flags.FlagValues) -> None:
         flag_values=values,
     )  # fmt: skip
     flags.DEFINE_enum(
+        "budget_in", PARAMS, (PARAMS, FLOPS), "What budgets count.", flag_values=values
+    )
+    flags.DEFINE_enum(
         "score", "worth", ("raw", "marginal", "worth"), "What gauss_newton goes by.",
         flag_values=values,
     )  # fmt: skip
@@ -159,6 +164,8 @@ def cells_of(options: Any) -> Iterator[Cell]:
     The cell of a method that grows comes before those that need what it found.
     """
     common = common_settings(options)
+    if SEARCH in options.methods and options.budget_in == FLOPS:
+        raise ValueError(f"{SEARCH} fills budgets of parameters; leave it out of --methods.")
     for seed, dataset, model, budget in places_of(options):
         for method in sorted(options.methods, key=lambda method: method == SEARCH):
             for claim in _claims(method, options):

@@ -14,6 +14,9 @@ import numpy as np
 from experiments._drawing import MARKERS, MORE, PALETTE, new_figure, plain_log_ticks, write
 from experiments.measures import mean_and_std
 
+UNITS = {"params": "parameters", "flops": "FLOPs"}
+"""What a budget counts, in words."""
+
 OURS, BLACK = "gauss_newton", "#000000"
 APART = 1.012
 """Methods of one budget are drawn side by side, each by this factor further to the right."""
@@ -59,23 +62,21 @@ def plot_standings(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[st
       rows: as in `compare.csv`.
       path: the file to write.
     """
-    places = sorted({(row["dataset"], row["model"]) for row in rows})
+    places = _places(rows)
     claims = ("from_scratch", "grown")
     figure = new_figure(9.0, 3.8 * len(places))
     grid = figure.subplots(len(places), len(claims), squeeze=False)
     known = styles(row["method"] for row in rows)
     for line, place in zip(grid, places, strict=True):
         for axes, claim in zip(line, claims, strict=True):
-            mine = [
-                row for row in rows
-                if (row["dataset"], row["model"]) == place and row["claim"] == claim
-            ]  # fmt: skip
+            mine = [row for row in rows if _place(row) == place and row["claim"] == claim]
             for method, style in known.items():
                 _draw_budgets(axes, [r for r in mine if r["method"] == method], style)
             axes.set_xscale("log")
             if mine:
                 plain_log_ticks(axes, [row["budget"] for row in mine])
-            axes.set(xlabel="most parameters (methods side by side)", ylabel="test accuracy (%)")
+            axes.set(xlabel=f"most {UNITS[place[2]]} (methods side by side)")
+            axes.set_ylabel("test accuracy (%)")
             axes.set_title(f"{place[0]}, {place[1]}: {claim.replace('_', ' ')}", fontsize=10)
             axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
     _label_methods(figure, known)
@@ -123,14 +124,14 @@ def plot_curves(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str])
       rows: as in `curves.csv`.
       path: the file to write.
     """
-    places = sorted({(row["dataset"], row["model"]) for row in rows})
+    places = _places(rows)
     figure = new_figure(9.0, 3.8 * len(places))
     grid = figure.subplots(len(places), 2, squeeze=False)
     methods = list(dict.fromkeys(r["method"] for r in rows if r["claim"] == "grown"))
     reference = OURS if OURS in methods else next(iter(methods), "")
     known = styles(row["method"] for row in rows)
     for line, place in zip(grid, places, strict=True):
-        mine = [row for row in rows if (row["dataset"], row["model"]) == place]
+        mine = [row for row in rows if _place(row) == place]
         mine = [row for row in mine if row["budget"] == max(r["budget"] for r in mine)]
         arms = [(method, "grown") for method in methods]
         arms += [(reference, "from_scratch")] if methods else []
@@ -150,7 +151,8 @@ def plot_curves(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str])
                         linewidth=known[method].linewidth,
                     )  # fmt: skip
             axes.set(xlabel="seconds" if unit == 1.0 else "training TFLOPs")
-            axes.set(ylabel="validation accuracy (%)", title=f"{place[0]}, {place[1]}")
+            budget = f"at most {mine[0]['budget']:,} {UNITS[place[2]]}"
+            axes.set(ylabel="validation accuracy (%)", title=f"{place[0]}, {place[1]}, {budget}")
             axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
     _label_methods(figure, {method: known[method] for method in methods}, reference)
     return write(figure, path)
@@ -166,12 +168,12 @@ def plot_widths(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str])
       path: the file to write.
     """
     rows = [row for row in rows if row["claim"] in ("grown", "from_scratch")]
-    places = sorted({(row["dataset"], row["model"]) for row in rows})
+    places = _places(rows)
     figure = new_figure(8.0, 3.2 * len(places))
     grid = figure.subplots(len(places), 1, squeeze=False)[:, 0]
     known = styles(row["method"] for row in rows)
     for axes, place in zip(grid, places, strict=True):
-        mine = [row for row in rows if (row["dataset"], row["model"]) == place]
+        mine = [row for row in rows if _place(row) == place]
         largest = max(row["budget"] for row in mine)
         mine = [row for row in mine if row["budget"] == largest]
         layers = [pair.split("=")[0] for pair in mine[0]["widths"].split()]
@@ -182,9 +184,19 @@ def plot_widths(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str])
                 means = [np.mean([each.get(layer, 0) for each in same]) for layer in layers]
                 axes.bar(left, means, 0.8 / len(known), color=style.color)
         axes.set_xticks(range(len(layers)), layers)
-        axes.set(ylabel="units", title=f"{place[0]}, {place[1]}, at most {largest:,} parameters")
+        budget = f"at most {largest:,} {UNITS[place[2]]}"
+        axes.set(ylabel="units", title=f"{place[0]}, {place[1]}, {budget}")
     _label_methods(figure, known)
     return write(figure, path)
+
+
+def _places(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
+    """What has pictures of its own."""
+    return sorted({_place(row) for row in rows}, key=lambda place: (place[2] != "params", place))
+
+
+def _place(row: Mapping[str, Any]) -> tuple[str, str, str]:
+    return row["dataset"], row["model"], row["budget_in"]
 
 
 def _widths_of(row: Mapping[str, Any]) -> dict[str, int]:

@@ -30,6 +30,9 @@ SEARCH = "hyperband"
 CLOCKED = "gauss_newton"
 """The method that `SEARCH` takes as long as."""
 
+PARAMS, FLOPS = "params", "flops"
+"""What a budget counts."""
+
 BACKWARD = 3
 """A training step costs three forward passes: one forward, about two backward."""
 
@@ -46,7 +49,7 @@ class Cell:
 
     Attributes:
       dataset, model: names, see `experiments.datasets` and `experiments.models`.
-      budget: most parameters.
+      budget: most parameters, or FLOPs if `common` says so by `budget_in`.
       method: a name of `tfgrow.strategies`, or `"template"`, or any name if `common` says by
         `strategy` what it stands for.
       claim: one of `CLAIMS`.
@@ -73,16 +76,22 @@ class Cell:
         return str(self.common.get("strategy", self.method))
 
     @property
+    def limit(self) -> dict[str, int]:
+        """The budget as growth oracles take it."""
+        return {f"max_{self.common['budget_in']}": self.budget}
+
+    @property
     def path(self) -> Path:
         """The cell's file."""
-        folder = f"{self.dataset.replace('/', '-')}-{self.model}-{self.budget}"
+        unit = "flops" if self.common["budget_in"] == FLOPS else ""
+        folder = f"{self.dataset.replace('/', '-')}-{self.model}-{self.budget}{unit}"
         name = f"{self.method}-{self.claim}-seed{self.seed}.json"
         return Path(self.common["results_dir"]) / "cells" / folder / name
 
     @property
     def key(self) -> dict[str, Any]:
         """The settings that a finished cell must agree with to count."""
-        places = ("data_dir", "results_dir", "threads")
+        places = ("data_dir", "results_dir", "threads", "budget_in")
         own = {name for names in OWN_SETTINGS.values() for name in names}
         own -= set(OWN_SETTINGS.get(self.strategy, ()))
         left_out = {*places, *own}
@@ -126,6 +135,7 @@ def _outcome(cell: Cell, trained: Any, clock: Any, samples: int) -> dict[str, An
         "dataset": cell.dataset,
         "model": cell.model,
         "budget": cell.budget,
+        "budget_in": cell.common["budget_in"],
         "method": cell.method,
         "claim": cell.claim,
         "seed": cell.seed,
@@ -155,7 +165,7 @@ def _grow(cell: Cell, data: Any, clock: Any) -> Any:
     from experiments import training
 
     settings = cell.settings
-    shared = {"max_params": cell.budget, "growth_per_step": settings["growth_per_step"]}
+    shared = {**cell.limit, "growth_per_step": settings["growth_per_step"]}
     own = {name: settings[name] for name in OWN_SETTINGS.get(cell.strategy, ())}
     changes = {name: settings[name] for name in CHANGES if name in settings}
     growing = training.Growing(
@@ -226,9 +236,7 @@ def _template(cell: Cell, data: Any) -> list[int]:
 
     model = training.seed_network(cell.model, data, cell.common["widths"], cell.seed)
     model.compile("sgd", training.LOSS)
-    oracle = tfgrow.strategies.Uniform(
-        max_params=cell.budget, growth_per_step=None, seed=cell.seed
-    )  # fmt: skip
+    oracle = tfgrow.strategies.Uniform(**cell.limit, growth_per_step=None, seed=cell.seed)
     few = data.x_train[:256], data.y_train[:256]
     wider = oracle.propose_plan(model, few).widths
     widths = training.open_widths(model)

@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 
+from experiments import comparison_figures as figures
 from experiments import tables
-from experiments.contest import CLAIMS, FROM_SCRATCH, GROWN, TEMPLATE
+from experiments.contest import CLAIMS, FROM_SCRATCH, GROWN, PARAMS, TEMPLATE
 
 OURS = "gauss_newton"
-CELL = ("dataset", "model", "budget", "method", "seed", "claim")
+CELL = ("dataset", "model", "budget_in", "budget", "method", "seed", "claim")
 FIGURES = (
     "test_accuracy", "test_loss", "val_accuracy", "params", "flops", "training_flops", "seconds",
     "growth_seconds", "peak_gb", "newborn_alive", "epochs", "widths", "settings",
@@ -51,7 +52,7 @@ def collect(folder: str | Path) -> Results:
     """The results of all cells under a folder."""
     cells, curves = [], []
     for path in sorted(Path(folder).glob("cells/*/*.json")):
-        found = json.loads(path.read_text())
+        found = {"budget_in": PARAMS, **json.loads(path.read_text())}
         cell = {name: found[name] for name in CELL}
         widths = " ".join(f"{name}={units}" for name, units in found["widths"].items())
         told = {**found, "widths": widths, "settings": _flags(found["settings"])}
@@ -65,7 +66,7 @@ def collect(folder: str | Path) -> Results:
         for number, values in enumerate(zip(*columns, strict=True)):
             curves.append({**cell, **dict(zip(CURVE, (number + 1, *values), strict=True))})
     order = {claim: number for number, claim in enumerate(CLAIMS)}
-    cells.sort(key=lambda row: (*(row[n] for n in CELL[:4]), order[row["claim"]], row["seed"]))
+    cells.sort(key=lambda row: (*(row[n] for n in CELL[:5]), order[row["claim"]], row["seed"]))
     return Results(cells, curves)
 
 
@@ -122,7 +123,8 @@ def sections(results: Results) -> Iterable[tuple[str, tuple[str, ...], list[list
     """Title, columns and rows of every table."""
     for place in _places(results.cells):
         mine = [row for row in results.cells if _place(row) == place]
-        where = "{}, {}, at most {:,} parameters".format(*place)
+        dataset, model, budget_in, budget = place
+        where = f"{dataset}, {model}, at most {budget:,} {figures.UNITS[budget_in]}"
         for claim in (FROM_SCRATCH, GROWN):
             rows = list(_standing(mine, claim))
             if rows:
@@ -289,8 +291,6 @@ of the seed network times one factor.
 
 def draw(results: Results, folder: Path) -> list[Path]:
     """The pictures of the page."""
-    from experiments import comparison_figures as figures
-
     folder.mkdir(parents=True, exist_ok=True)
     makers: Mapping[str, Callable] = {
         "compare-accuracy.png": figures.plot_standings,
@@ -303,12 +303,12 @@ def draw(results: Results, folder: Path) -> list[Path]:
     ]
 
 
-def _places(rows: Sequence[Row]) -> list[tuple[str, str, int]]:
-    return sorted({_place(row) for row in rows})
+def _places(rows: Sequence[Row]) -> list[tuple[Any, ...]]:
+    return sorted({_place(row) for row in rows}, key=lambda place: (place[2] != PARAMS, place))
 
 
-def _place(row: Row) -> tuple[str, str, int]:
-    return row["dataset"], row["model"], row["budget"]
+def _place(row: Row) -> tuple[Any, ...]:
+    return tuple(row[name] for name in ("dataset", "model", "budget_in", "budget"))
 
 
 def _over(rows: Sequence[Row], name: str, digits: int, scale: float = 1.0, unit: str = "") -> str:

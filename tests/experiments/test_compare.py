@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 from absl import flags
 
-from experiments import compare, contest, standings
+import tfgrow
+from experiments import compare, contest, datasets, standings, training
 from tests.experiments.here import spare_the_process
+from tfgrow.graph.cost import CostModel
+from tfgrow.graph.nodes import trace
 from tfgrow.strategies.registry import STRATEGIES
 
 TINY = (
@@ -170,8 +173,31 @@ def test_a_sweep(tmp_path, monkeypatch, capsys):
     check_tables_follow_from_the_csv_alone(found, tmp_path)
 
 
+def test_a_budget_of_flops(tmp_path):
+    chosen = options("--budget_in=flops", "--budgets=900", f"--results_dir={tmp_path}")
+    cells = list(compare.cells_of(chosen))
+    assert {cell.path.parent.name for cell in cells} == {"digits-mlp-900flops"}
+    grown = next(cell for cell in cells if (cell.method, cell.claim) == ("uniform", "grown"))
+    assert grown.limit == {"max_flops": 900}
+    data = datasets.load("digits", max_train=300)
+    widths = contest._template(grown, data)
+    smallest, filled, over = (
+        flops_of(training.seed_network("mlp", data, shape, 0))
+        for shape in ([3, 3], widths, [units + 1 for units in widths])
+    )
+    assert smallest < filled <= 900 < over
+    with pytest.raises(ValueError, match="hyperband fills budgets of parameters"):
+        list(compare.cells_of(options("--budget_in=flops", "--methods=hyperband")))
+
+
+def flops_of(model):
+    return CostModel(trace(model), tfgrow.find_sites(model)).base.flops
+
+
 def test_cost_until_the_accuracy_from_scratch():
-    cell = {"dataset": "d", "model": "m", "budget": 1, "method": "gauss_newton"}
+    cell = {
+        "dataset": "d", "model": "m", "budget_in": "params", "budget": 1, "method": "gauss_newton"
+    }  # fmt: skip
 
     def curve(claim, seed, values):
         return [

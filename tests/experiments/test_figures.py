@@ -135,7 +135,7 @@ def test_every_method_has_a_style_of_its_own_and_ours_stands_out():
 
 @pytest.mark.parametrize("methods", [("firefly", "gauss_newton"), ("firefly", "uniform")])
 def test_curves_show_every_method_as_grown_and_one_from_scratch(drawn, tmp_path, methods):
-    point = {"dataset": "digits", "model": "mlp", "budget": 100, "seed": 0}
+    point = {"dataset": "digits", "model": "mlp", "budget_in": "params", "budget": 9, "seed": 0}
     rows = [
         {**point, "method": method, "claim": claim, "epoch": epoch, "val_accuracy": 0.1 * epoch,
          "training_flops": 1e12 * epoch, "seconds": epoch}
