@@ -29,22 +29,27 @@ class Firefly(Ranked):
     the neighbourhood of the network, all units may be split and some are new everywhere:
 
         sigma(theta_i)  ->  1/2 sigma(theta_i + eps_i delta_i) + 1/2 sigma(theta_i - eps_i delta_i)
-        0               ->  eps_j sigma(delta_j),        |delta| <= 1,  0 <= eps <= epsilon
+        0               ->  eps_j sigma(delta_j),        |delta| <= 1,  |eps| <= epsilon
 
-    1. With all eps at `epsilon`, a few steps of gradient descent on the loss of that over-grown
-       network find delta, the old weights staying as they are.
+    1. A few steps of gradient descent on the loss of that over-grown network find eps and delta,
+       the old weights staying as they are.
     2. To first order in eps the loss changes by `sum_i eps_i s_i`, with `s_i` the mean of its
-       gradient with respect to eps_i on the way from 0 to epsilon (the gradient at 0 is none for a
-       split). The units of the lowest s_i are kept, as many as the budget allows and none that
-       raises the loss; as in the paper each unit counts alike, whatever it costs.
+       gradient with respect to eps_i on the way from 0 to what step 1 found, the other eps staying
+       there (the gradient at 0 is none for a split). The units of the largest |s_i| are kept, as
+       many as the budget allows, with `eps_i = -epsilon sign(s_i)`. Each unit counts alike,
+       whatever it costs.
 
     What is done differently: nothing is built. What the splits and new units change is added to the
     tensors of the running network, so that only this much of their interplay is not seen: how those
     of one layer change what those of a later one do (of order eps^2), and what comes round to its
-    own site in a residual stream. The gates multiply what the units change, which for a split is
-    another way from 0 to 1 between the same ends, and all go up together, which the s_i of all
-    units then tell the whole change of the loss by. Descent goes by the direction of each unit's
-    gradient. Deeper networks, the paper's other way to grow, are left out.
+    own site in a residual stream. No eps is trained: all are `epsilon`, and a new unit's outgoing
+    weights, within that bound, are trained with either sign. So the units of the lowest s_i are
+    kept, as in the authors' code, just as they were trained, and none that raises the loss. The
+    gates multiply what the units change, which for a split is another way from 0 to 1 between the
+    same ends, and all go up together, which the s_i of all units then tell the whole change of the
+    loss by. Descent goes by the direction of each unit's gradient, and back into the bounds after
+    each step, where the paper has penalties. Deeper networks, the paper's other way to grow, are
+    left out.
 
     Args:
       epsilon: size of what is grown: delta of a split relative to the unit's weights, outgoing

@@ -31,13 +31,13 @@ class GradMax(LinearStrategy):
     at zero. Of k units with orthogonal outgoing weights of a norm c, those along M's first right
     singular vectors `b_i` have the largest gradient; its square is the sum of `(c s_i)^2` over the
     singular values. c is the mean of the norms of the site's units' outgoing weights, as in the
-    authors' code.
+    authors' code; its configurations for images take half of that (for VGG, 0.5 itself).
 
     What differs:
 
-    * Incoming weights are not zero, for there ReLU has no gradient in TensorFlow, but `tiny`
-      relative to those of a usual unit, along the first gradient step: `-a_i`, the other singular
-      vector. So the function is nearly kept. Biases are zero.
+    * Incoming weights are not zero, for there ReLU has no gradient in TensorFlow (the authors' own
+      ReLU has 1), but `tiny` relative to those of a usual unit, along the first gradient step:
+      `-a_i`, the other singular vector. So the function is nearly kept. Biases are zero.
     * M is that of the path linearised, see `tfgrow/strategies/linear_units.py`: the gradient of a
       ReLU unit, which fires on half of the samples, counts half.
     * Where the path has a BatchNormalization, which would blow up tiny responses to usual ones, the
@@ -45,8 +45,10 @@ class GradMax(LinearStrategy):
       that root only, hands on as little as without it, and the unit grows with its weights.
       Gradients are larger by the inverse of that root than M says; it counts for nothing in the
       choice of sites, since it is gone as soon as the unit has grown.
-    * Which layers grow, the paper leaves to the user: here those do whose next units' gradients,
-      `(c s_i)^2`, are the largest per parameter.
+    * Which layers grow, and by how much, the authors' code is told beforehand (one after the other,
+      or all at once): here those do whose next units' gradients, `(c s_i)^2`, are the largest per
+      parameter. A convolution before a dense layer is no exception; there, the authors' code adds
+      units at random.
 
     Sites whose units would not be silent without incoming weights (a sigmoid, say) do not grow.
 

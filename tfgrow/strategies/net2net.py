@@ -17,13 +17,13 @@ class Net2Net(Strategy):
     """Net2WiderNet: widths grow by one factor, new units being copies of units drawn at random.
 
     Source: Chen, Goodfellow, Shlens 2016, "Net2Net", arXiv 1511.05641, section 2.3. The paper draws
-    with replacement, divides outgoing weights by the number of copies, and adds noise to one of
-    them; here each unit is copied once at most per step, and the noise goes to one copy with either
-    sign, so that to first order nothing changes. Which layers grow, and how much, the paper leaves
-    to the user: all by one factor.
+    with replacement, divides outgoing weights by the number of copies, and, where no dropout tells
+    them apart, adds noise to all of them but the first; here each unit is copied once at most per
+    step, and the noise goes to both copies with opposite signs, so that to first order nothing
+    changes. Which layers grow, and how much, the paper leaves to the user: all by one factor.
 
     Args:
-      noise: standard deviation of what sets the copies apart, relative to the unit's weights.
+      noise: standard deviation of the noise, relative to the unit's weights.
       **kwargs: see `tfgrow.strategies.Strategy`.
 
     Example:

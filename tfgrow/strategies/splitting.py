@@ -35,10 +35,11 @@ class Splitting(Ranked):
     The loss enters by its gradient alone: its own curvature plays no part.
 
     What is done differently: no matrix is formed. S v is the gradient of what a split changes to
-    first order, and a power iteration on `c - S` finds v, one batch for each of its steps (so do
-    Wang et al. 2019, arXiv 1910.03103). eps is not one number but relative to each unit's weights.
-    A ReLU has no second derivative, and the paper takes that of a smooth function instead; here S v
-    is a difference at the distance eps, which smoothes as far as the step goes and no further.
+    first order, and a power iteration on `c - S` finds v, one batch for each of its steps. (Wang et
+    al. 2019, arXiv 1910.03103, form none either: they descend the Rayleigh quotient `v'S v / v'v`
+    by stochastic gradients.) eps is not one number but relative to each unit's weights. A ReLU has
+    no second derivative, and the authors' code takes that of a softplus instead; here S v is a
+    difference at the distance eps, which smoothes as far as the step goes and no further.
 
     Args:
       step: eps, relative to the length of the unit's weights. Small, as all holds to second order

@@ -66,17 +66,17 @@ class Tiny(LinearStrategy):
 
     * The path is linearised as in `tfgrow/strategies/linear_units.py`, and h is what arrives at the
       consumer, so that pooling counts. The taps of a consumer's kernel (and the positions behind a
-      Flatten) are taken for uncorrelated: S is their mean. That is exact for dense consumers and
-      for 1x1 convolutions.
+      Flatten) are taken for uncorrelated: S is their mean (in the authors' library the taps' sum).
+      That is exact for dense consumers and for 1x1 convolutions.
     * A unit and its mirror image `(-a, -b)` are the same there, but not with ReLU: the one is taken
       whose first-order change of the loss, with its real activation, is the lower.
     * Which layers grow: the paper goes through them one by one; here those grow whose next units
       take most off the bottleneck, `l_k^2`, per parameter, and all at once.
     * Behind a BatchNormalization, which takes the size of incoming weights away, they have the size
       of a usual unit's, and the outgoing weights make up for what it divides by.
-    * The existing weights are not moved by dW along with the new ones (the authors' library does
-      so, by one amplitude): training does that. Units that would raise the loss without it, to
-      first order, are passed over.
+    * The existing weights are not moved by dW along with the new ones: training does that. (The
+      authors' library does it by default, by one amplitude, but not to reproduce the paper.) Units
+      that would raise the loss without it, to first order, are passed over.
 
     Where no amplitude lowers the loss, nothing is added.
 
