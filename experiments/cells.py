@@ -194,7 +194,7 @@ def _network(cell: Cell, data: Any, widths: Sequence[int] | None) -> Any:
 def _grow(cell: Cell, data: Any) -> tuple[Any, int]:
     from experiments import training
 
-    names = ("max_params", "growth_per_step", "morphisms", "new_units", "curvature")
+    names = ("max_params", "growth_per_step", "morphisms", "new_units", "curvature", "score")
     oracle = {name: cell.settings[name] for name in names}
     growing = training.Growing("every", cell.settings["every"], cell.settings["settle"], oracle)
     epochs = cell.settings["epochs"]

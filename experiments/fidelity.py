@@ -160,6 +160,7 @@ def _compare_set(model, morphisms, learn_on, judge_on, settings) -> dict[str, An
         learn_steps=settings.steps,
         growth_per_step=SET_SIZE,
         seed=settings.seed,
+        score="raw",  # the sets whose estimates are largest: the hardest to hold
     )
     plan = oracle.propose_plan(
         model, learn_on, progress=Progress(f"{' and '.join(morphisms)}: choosing {SET_SIZE}")

@@ -25,6 +25,7 @@ from absl import app, flags
 
 from experiments._flags import are_whole
 from experiments._messages import in_words, quiet_logs, stopped_cleanly
+from experiments.variants import VARIANTS
 
 # Before TensorFlow is imported, which happens once the flags have been found to make sense.
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
@@ -49,8 +50,7 @@ OTHER_DEFAULTS: dict[str, Any] = {
     "max_params": 40_000,
     "widths": None,
 }
-# The names of experiments.models, which takes seconds to import.
-MODELS = ("vgg", "mlp", "resnet", "vit", "vgg_no_bn", "vgg_gelu", "vgg_flatten")
+SCORES = ("auto", "raw", "marginal", "worth")
 CURVATURES = ("auto", "exact", "sampled", "empirical")
 OPTIMIZERS = ("adagrad", "adam", "adamw", "lion", "rmsprop", "sgd")
 # Flags that go on under their own names.
@@ -66,6 +66,7 @@ ORACLE_FLAGS = (
     "morphisms",
     "new_units",
     "curvature",
+    "score",
 )
 
 
@@ -86,7 +87,7 @@ flags.DEFINE_bool("augment", False, "Shift (and mirror, if coloured) the trainin
 flags.DEFINE_enum(
     "model",
     "vgg",
-    MODELS,
+    tuple(VARIANTS),
     "Seed network: pairs of 3x3 convolutions (vgg and its variants), Dense layers (mlp), "
     "residual blocks (resnet), or transformer blocks (vit).",
 )
@@ -137,6 +138,14 @@ flags.DEFINE_enum(
     CURVATURES,
     "Curvature of the estimates: exact (a column per class), sampled, empirical, or auto (exact up "
     "to 16 classes).",
+)
+flags.DEFINE_enum(
+    "score",
+    "auto",
+    SCORES,
+    "Units go where those there are are worth most (worth), or where edits bring most, at once "
+    "(raw) or beyond what training brings anyway (marginal). auto: worth where all --morphisms add "
+    "single units, else raw.",
 )
 flags.DEFINE_enum(
     "schedule",

@@ -53,6 +53,9 @@ flags.DEFINE_integer("new_units", 4, "New units tried per layer and step.", lowe
 flags.DEFINE_enum(
     "curvature", "sampled", ("auto", "exact", "sampled", "empirical"), "Curvature of the estimates."
 )
+flags.DEFINE_enum(
+    "score", "raw", ("auto", "raw", "marginal", "worth"), "What the oracle goes by."
+)  # of the committed cells, not the oracle's default
 flags.DEFINE_integer("batch_size", 128, "Images per training step.", lower_bound=1)
 flags.DEFINE_float("learning_rate", 3e-3, "Learning rate at the start.", lower_bound=1e-9)
 flags.DEFINE_enum(

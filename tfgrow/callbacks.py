@@ -393,6 +393,7 @@ class Growth(keras.callbacks.Callback):
             if not bar:
                 print("Growing", flush=True)
                 bar.append(keras.utils.Progbar(total, unit_name="batch"))
+            bar[0].target = total
             bar[0].update(done)
 
         return show

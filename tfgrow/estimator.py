@@ -194,7 +194,11 @@ class GaussNewtonEstimator:
         return 0.0
 
     def worth(
-        self, dataset, judged_on, sites: Iterable[str] | None = None
+        self,
+        dataset,
+        judged_on,
+        sites: Iterable[str] | None = None,
+        progress: Callable[[int, int], None] | None = None,
     ) -> dict[str, np.ndarray]:
         """By how much the mean loss would rise if a unit went, the others standing in for it.
 
@@ -208,6 +212,7 @@ class GaussNewtonEstimator:
           dataset: what the others' standing in is learned on, as in `learn`.
           judged_on: finite; other samples, on which it is judged.
           sites: names; all whose units can be taken away by default.
+          progress: as in `learn`, of which it is a part.
 
         Returns:
           By site, the worth of each unit, `[units]`, never negative. Sites of a single unit, and
@@ -233,7 +238,8 @@ class GaussNewtonEstimator:
         if not alone:
             return {}
         with self._at_minimum():
-            scores = self.score(self.learn(alone, dataset, steps=0), judged_on)
+            learned = self.learn(alone, dataset, steps=0, progress=progress)
+            scores = self.score(learned, judged_on)
         found: dict[str, list[float]] = {}
         for removal, score in zip(alone, scores, strict=True):
             found.setdefault(removal.site.name, []).append(float(score))

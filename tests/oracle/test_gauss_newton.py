@@ -11,12 +11,18 @@ import tensorflow as tf
 import tfgrow
 import tfgrow.oracle.gauss_newton
 import tfgrow.oracle.selection
-from tests.integration.fitting import CLASSES, arrays, compiled, logits_loss, mlp, quick_oracle
+from tests.integration import fitting
+from tests.integration.fitting import CLASSES, arrays, compiled, logits_loss, mlp
 from tfgrow.morphisms.base import Candidate
 from tfgrow.morphisms.registry import MORPHISMS, get
 from tfgrow.oracle.data import split_data
 from tfgrow.oracle.guard import commit
 from tfgrow.types import Cost
+
+
+def quick_oracle(**options):
+    """One that goes by what edits do at once; `test_worth.py` has the other."""
+    return fitting.quick_oracle(**{"score": "raw", **options})
 
 
 def two_layers():
@@ -293,7 +299,23 @@ def test_the_marginal_score_needs_edits_that_can_be_scaled():
         tfgrow.GaussNewtonOracle(cost_exponent=2)
 
 
+@pytest.mark.parametrize(
+    ("settings", "score"),
+    [
+        ({}, "worth"),
+        ({"morphisms": ("heads", "add_heads")}, "worth"),
+        ({"morphisms": ("add", "prune")}, "raw"),
+        ({"morphisms": ("split", "deepen")}, "raw"),
+        ({"growth_per_step": None}, "raw"),
+        ({"growth_per_step": None, "max_flops": 9}, "worth"),
+    ],
+)
+def test_what_it_goes_by_if_nothing_is_said(settings, score):
+    assert tfgrow.GaussNewtonOracle(**settings).score == score
+
+
 def test_the_cost_exponent_reaches_the_selection():
     limits = tfgrow.GaussNewtonOracle(cost_exponent=0.25, max_params=100).limits(10)
     assert limits.cost_exponent == 0.25
-    assert tfgrow.GaussNewtonOracle().limits(10).cost_exponent == 1.0
+    assert tfgrow.GaussNewtonOracle(score="raw").limits(10).cost_exponent == 1.0
+    assert tfgrow.GaussNewtonOracle(score="worth").limits(10).cost_exponent == 0.5

@@ -145,6 +145,19 @@ def test_growth_goes_to_the_layer_that_starves():
     assert again.propose_plan(model, (x, y)).estimated_change == plan.estimated_change
 
 
+def test_its_progress_is_that_of_both_passes():
+    seen = []
+    oracle = quick_oracle(score="worth")
+    x, y = arrays(samples=256)
+    oracle.propose_plan(
+        compiled(three_layers()),
+        (np.concatenate([x, x[:, :1]], axis=1), y),
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    total = seen[0][1]
+    assert seen == [(number + 1, total) for number in range(total)]
+
+
 def test_what_training_would_change_anyway_does_not_count():
     """Only the output's bias is off: the gradient is large, and says nothing of the layers."""
     x, y = data(2048, 1)

@@ -35,7 +35,10 @@ from tfgrow.oracle.selection import Group, Limits, exclusion_ids, select
 from tfgrow.oracle.worth import allocate, most_units, pick, worth_by_site
 from tfgrow.types import Cost, Interaction, Plan
 
-SCORES = ("raw", "marginal", "worth")
+SCORES = ("auto", "raw", "marginal", "worth")
+
+ROOT = 0.5
+"""What units are worth is compared per root of their cost, see `docs/ablation.md`."""
 
 SETTLING_SHARE = 0.6
 """Of the batches to learn on, so many tell the step of the weights there are, others its length."""
@@ -66,14 +69,15 @@ class GaussNewtonOracle(GrowthOracle):
       score_batches: batches that candidates are scored on.
       held_out_batches: batches on which a chosen set is judged before it is committed.
       learning_rate: of theta, see `GaussNewtonEstimator.learn`.
-      score: `"raw"` goes by what an edit would do to the loss now; `"marginal"` by what it would do
-        beyond what training the weights that are there would bring anyway (see
-        `GaussNewtonEstimator.settle`; cf. Verbockhaven et al. 2024), and applies what is chosen at
-        the lengths that are best together now. `"worth"` adds units where those that are there are
-        worth most for what they cost, whatever new ones change at once (see
-        `GaussNewtonEstimator.worth`); `min_gain_per_param` is then what a unit must be worth.
+      score: `"worth"` adds units where those that are there are worth most for what they cost,
+        whatever new ones change at once (see `GaussNewtonEstimator.worth`); `min_gain_per_param` is
+        then what a unit must be worth. `"raw"` goes by what an edit would do to the loss now;
+        `"marginal"` by what it would do beyond what training the weights that are there would bring
+        anyway (see `GaussNewtonEstimator.settle`; cf. Verbockhaven et al. 2024), and applies what
+        is chosen at the lengths that are best together now. `"auto"` is `"worth"` where all kinds
+        of edits add single units and something limits the step, and else `"raw"`.
       cost_exponent: gains are compared per cost to the power of this, from 0 (as they are) to 1
-        (per parameter).
+        (per parameter); by default 0.5 of what units are worth, else 1.
       growth_per_step: a fraction is the most parameters one step may add, relative to those the
         model has; a whole number is the most edits.
       **kwargs: budget (`max_params`, `max_flops`, `min_gain_per_param`, `round_to`), choice of
@@ -100,12 +104,11 @@ class GaussNewtonOracle(GrowthOracle):
         held_out_batches: int = 8,
         learning_rate: float = 0.1,
         growth_per_step: int | float | None = 0.3,
-        score: str = "raw",
-        cost_exponent: float = 1.0,
+        score: str = "auto",
+        cost_exponent: float | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(objective=objective, growth_per_step=growth_per_step, **kwargs)
-        self._limits = dataclasses.replace(self._limits, cost_exponent=cost_exponent)
         self.morphisms = tuple(several(morphisms))
         self._removes = any(kind.units < 0 for kind in self.morphisms)
         others = [kind.name for kind in self.morphisms if kind.units != 1]
@@ -125,8 +128,25 @@ class GaussNewtonOracle(GrowthOracle):
                             ("score_batches", score_batches),
                             ("held_out_batches", held_out_batches)):  # fmt: skip
             require_whole(name, value)
+        self.score = self._score(score, others)
+        if cost_exponent is None:
+            cost_exponent = ROOT if self.score == "worth" else 1.0
+        self._limits = dataclasses.replace(self._limits, cost_exponent=cost_exponent)
+        self.cost_exponent = cost_exponent
+        self.curvature = curvature
+        self.new_units = new_units
+        self.learn_steps = learn_steps
+        self.score_batches = score_batches
+        self.held_out_batches = held_out_batches
+        self.learning_rate = learning_rate
+
+    def _score(self, score: str, others: Sequence[str]) -> str:
+        """What the oracle goes by; `others` are the kinds that don't add single units."""
         if score not in SCORES:
             raise ValueError(f"Unknown score {score!r}; expected one of {SCORES}.")
+        limited = not (self.growth_per_step is self.max_params is self.max_flops is None)
+        if score == "auto":
+            return "raw" if others or not limited else "worth"
         whole = [kind.name for kind in self.morphisms if kind.units < 0]
         if score == "marginal" and whole:
             raise ValueError(
@@ -138,19 +158,12 @@ class GaussNewtonOracle(GrowthOracle):
                 f"score='worth' says where single units are to be added; {others} do something "
                 "else. Leave them out, or use score='raw'."
             )
-        if score == "worth" and growth_per_step is self.max_params is self.max_flops is None:
+        if score == "worth" and not limited:
             raise ValueError(
                 "score='worth' shares out what a step may spend, and nothing limits it. Give "
                 "growth_per_step, max_params or max_flops."
             )
-        self.score = score
-        self.cost_exponent = cost_exponent
-        self.curvature = curvature
-        self.new_units = new_units
-        self.learn_steps = learn_steps
-        self.score_batches = score_batches
-        self.held_out_batches = held_out_batches
-        self.learning_rate = learning_rate
+        return score
 
     def check(self, model: keras.Model, data: Any) -> None:
         """Also checks the loss, and one batch of the data against model and loss."""
@@ -231,14 +244,16 @@ class GaussNewtonOracle(GrowthOracle):
         """As many units as are wanted where units are worth most, whatever they change now."""
         clock, parts = step.clock, step.parts
         estimator = self._estimator(step)
-        worth = worth_by_site(estimator, step.sites, parts)
+        first = _shifted(step.progress, after=self.learn_steps + SETTLE)
+        worth = worth_by_site(estimator, step.sites, parts, first)
         most = {site.name: most_units(site, self.morphisms) for site in step.sites}
         wanted, reason = allocate(worth, step.sites, step.costs, step.limits, most)
         clock.lap("worth")
         if not wanted:
             return _plan((), 0.0, step, reason)
         tried = {name: count + self.new_units for name, count in wanted.items()}
-        learned = self._learned(estimator, self._candidates(step, tried), step)
+        rest = dataclasses.replace(step, progress=_shifted(step.progress, before=SETTLE))
+        learned = self._learned(estimator, self._candidates(step, tried), rest)
         interaction = self.interaction(estimator, learned, parts.score)
         clock.lap("score")
         least, exclusive = _least_lengths(learned), _exclusive(learned)
@@ -373,6 +388,16 @@ class _Step:
     seed: int
     clock: _Clock
     progress: Callable[[int, int], None] | None
+
+
+def _shifted(
+    progress: Callable[[int, int], None] | None, before: int = 0, after: int = 0
+) -> Callable[[int, int], None] | None:
+    """Reports the progress of a part, so many batches being before and after it."""
+    if progress is None:
+        return None
+    report = progress
+    return lambda done, total: report(before + done, before + total + after)
 
 
 def _plan(chosen: Sequence[Candidate], estimated: float, step: _Step, reason: str) -> Plan:

@@ -16,7 +16,7 @@ spirit of MorphNet (Gordon et al. 2018, arXiv 1711.06798). That growth goes by i
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -45,7 +45,10 @@ LEAST_WORTH = 1e-12
 
 
 def worth_by_site(
-    estimator: GaussNewtonEstimator, sites: Sequence[Site], parts: GrowthData
+    estimator: GaussNewtonEstimator,
+    sites: Sequence[Site],
+    parts: GrowthData,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, float]:
     """By site, what one of its units is worth on average; see `GaussNewtonEstimator.worth`.
 
@@ -56,9 +59,10 @@ def worth_by_site(
       estimator: of the model.
       sites: some whose widths can grow.
       parts: data.
+      progress: called with (batches done, batches in all).
     """
     names = [site.name for site in sites]
-    found = estimator.worth(parts.learn, parts.score, names)
+    found = estimator.worth(parts.learn, parts.score, names, progress)
     means = {name: float(np.mean(some)) for name, some in found.items()}
     most = max(means.values(), default=1.0)
     return {name: means.get(name, most) if most > 0 else LEAST_WORTH for name in names}
