@@ -16,6 +16,7 @@ spirit of MorphNet (Gordon et al. 2018, arXiv 1711.06798). That growth goes by i
 from __future__ import annotations
 
 import dataclasses
+import heapq
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -87,26 +88,34 @@ def allocate(
       limits: what may be spent.
       most: by site, most units that can be added.
     """
-    now, extra = {site.name: site.units for site in sites}, dict.fromkeys(worth, 0)
-    open_to, in_the_way = [name for name in worth if worth[name] > 0], dict[str, None]()
-    while open_to:
-        offers, spent = {}, getattr(costs.extra(extra), limits.unit)
-        for name in list(open_to):
-            for more in _steps(now[name] + extra[name], limits.round_to or 1):
-                wider = {**extra, name: extra[name] + more}
-                gain = worth[name] * _returns(now[name], extra[name], wider[name])
-                cost = costs.extra(wider)
-                price = getattr(cost, limits.unit) - spent
-                offers[name] = _Offer(name, more, gain, price, wider, cost)
-                reasons = offers[name].reasons(limits, most[name])
-                if not reasons:
-                    break
-            if reasons:
-                in_the_way |= dict.fromkeys(reasons)
-                open_to.remove(name)
-        if open_to:
-            best = max(open_to, key=lambda name: offers[name].rate(limits.cost_exponent))
-            extra = offers[best].extra
+    now = {site.name: site.units for site in sites}
+    extra, in_the_way = dict.fromkeys(worth, 0), dict[str, None]()
+
+    def next_of(name: str) -> _Offer | None:
+        spent = getattr(costs.extra(extra), limits.unit)
+        for more in _steps(now[name] + extra[name], limits.round_to or 1):
+            wider = {**extra, name: extra[name] + more}
+            gain = worth[name] * _returns(now[name], extra[name], wider[name])
+            cost = costs.extra(wider)
+            offer = _Offer(name, more, gain, getattr(cost, limits.unit) - spent, wider, cost)
+            reasons = offer.reasons(limits, most[name])
+            if not reasons:
+                return offer
+        in_the_way.update(dict.fromkeys(reasons))
+        return None
+
+    # A site's rate only falls, whichever site grows (but for a smaller step at a limit): only the
+    # foremost has to be known anew.
+    waiting = [(-np.inf, place, name) for place, name in enumerate(worth) if worth[name] > 0]
+    while waiting:
+        _, place, name = heapq.heappop(waiting)
+        offer = next_of(name)
+        if offer is None:
+            continue
+        entry = (-offer.rate(limits.cost_exponent), place, name)
+        heapq.heappush(waiting, entry)
+        if waiting[0] == entry:
+            extra = offer.extra
     return {name: count for name, count in extra.items() if count}, "; ".join(in_the_way)
 
 
