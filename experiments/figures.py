@@ -77,6 +77,24 @@ def plot_growth(
     return write(figure, path)
 
 
+def plot_accuracy(
+    hours: ArrayLike, accuracy: Sequence[float], path: str | os.PathLike[str]
+) -> Path:
+    """Draws validation accuracy against the hours of a training, a point per epoch.
+
+    Args:
+      hours: since the training began, at the end of each epoch.
+      accuracy: then.
+      path: the file to write.
+    """
+    figure = new_figure(6.4, 3.6)
+    axes = figure.subplots()
+    axes.plot(hours, [100 * share for share in accuracy], color=PALETTE[0], marker=".")
+    axes.set(xlabel="hours", ylabel="validation accuracy (%)")
+    axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
+    return write(figure, path)
+
+
 def plot_estimates(
     estimated: ArrayLike,
     measured: ArrayLike,

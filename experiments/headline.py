@@ -7,7 +7,8 @@ The network grows to --max_params in the first --grow share of the epochs, at a 
 rate, which then falls to 0. After every epoch the model, its optimizer and the figures are written
 to <output_dir>/<run>/; a run that was stopped or killed goes on after the last of them, but for an
 epoch that a growth was to follow, which is trained again. The test images are looked at once, when
-all epochs are done; the end is a SavedModel (1/), model.keras and result.json.
+all epochs are done; the end is a SavedModel (1/), model.keras and result.json. Whenever it stops,
+the figures of the run are written to <results_dir>/<run>.json, and the page --docs from them.
 """
 
 from __future__ import annotations
@@ -24,19 +25,20 @@ from absl import app, flags
 
 from experiments._flags import are_whole
 from experiments._messages import in_words, quiet_logs, stopped_cleanly
+from experiments.variants import VARIANTS
 
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-MODELS = ("vgg", "vgg_gelu", "resnet", "mlp")
 STATE, PLAIN, RESULT = "state.json", "model.keras", "result.json"
-PLACES = ("data_dir", "output_dir", "run", "hours", "threads")
+PLACES = ("data_dir", "output_dir", "results_dir", "docs", "run", "hours", "threads")
 """Flags that a run may be continued with other values of."""
 
 SETTINGS = (
-    "dataset", "data_dir", "max_train", "model", "widths", "max_params", "epochs", "every", "grow",
-    "rounds", "growth_per_step", "morphisms", "new_units", "curvature", "batch_size",
-    "learning_rate", "weight_decay", "augment", "seed", "threads", "hours", "output_dir", "run",
+    "dataset", "data_dir", "max_train", "model", "widths", "max_params", "max_flops", "epochs",
+    "every", "grow", "rounds", "growth_per_step", "morphisms", "new_units", "curvature",
+    "batch_size", "learning_rate", "weight_decay", "augment", "seed", "threads", "hours",
+    "output_dir", "results_dir", "docs", "run",
 )  # fmt: skip
 
 
@@ -46,12 +48,15 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
         ("dataset", "cifar10", "digits, or a TensorFlow Datasets name."),
         ("data_dir", None, "Where TensorFlow Datasets keeps its data."),
         ("output_dir", "saved_models", "Where the run is kept."),
+        ("results_dir", "experiments/results/headline", "Where its figures are kept."),
+        ("docs", "docs/headline.md", "The page to write; empty for none."),
         ("run", "headline", "Name of its folder."),
     ):
         flags.DEFINE_string(name, default, text, flag_values=values)
     for name, number, text, least in (
         ("max_train", None, "Training images used, at most.", 100),
         ("max_params", 160_000, "Most parameters.", 1),
+        ("max_flops", None, "Most FLOPs per image.", 1),
         ("epochs", 120, "Epochs in all.", 2),
         ("every", 4, "Epochs from one moment of growth to the next.", 2),
         ("rounds", 4, "Events at a time, at most.", 1),
@@ -71,7 +76,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_float(
         "grow", 0.5, "Share of the epochs in which it grows.", 0, 1, flag_values=values
     )
-    flags.DEFINE_enum("model", "vgg", MODELS, "Seed network.", flag_values=values)
+    flags.DEFINE_enum("model", "vgg", tuple(VARIANTS), "Seed network.", flag_values=values)
     flags.DEFINE_enum(
         "curvature", "sampled", ("auto", "exact", "sampled", "empirical"), "Of the estimates.",
         flag_values=values,
@@ -172,7 +177,9 @@ class Run:
         from experiments import training
 
         settings = self.settings
-        names = ("max_params", "growth_per_step", "morphisms", "new_units", "curvature")
+        names = (
+            "max_params", "max_flops", "growth_per_step", "morphisms", "new_units", "curvature",
+        )  # fmt: skip
         oracle = tfgrow.GaussNewtonOracle(
             "val_loss", seed=settings["seed"], directory=self.folder, project_name="oracle",
             **{name: settings[name] for name in names},
@@ -274,6 +281,11 @@ def main(arguments: list[str]) -> None:
     with stopped_cleanly("experiments.headline"), in_words("experiments.headline"):
         run = Run(settings_of(flags.FLAGS))
         result = run.go_on()
+        if run.done and flags.FLAGS.docs:
+            from experiments import headline_page
+
+            kept = Path(flags.FLAGS.results_dir) / f"{flags.FLAGS.run}.json"
+            headline_page.write(run.state, result, kept, flags.FLAGS.docs)
     if result is None:
         print(f"stopped after epoch {run.done} of {run.settings['epochs']}; run it again to go on")
         return

@@ -6,7 +6,7 @@ import keras
 import pytest
 from absl import flags
 
-from experiments import headline, training
+from experiments import headline, headline_page, training
 
 TINY = (
     "--dataset=digits", "--model=mlp", "--widths=3,3", "--max_params=400", "--epochs=5",
@@ -50,6 +50,23 @@ def test_a_run_that_is_stopped_goes_on_to_its_end(tmp_path):
     assert (folder / "1" / "saved_model.pb").exists()
     again = headline.Run(stopping).go_on()
     assert again["test_accuracy"] == result["test_accuracy"]
+
+
+def test_the_page_of_a_run_that_has_ended_and_of_one_that_has_not(tmp_path):
+    run = headline.Run(settings(tmp_path, "--hours=0"))
+    assert run.go_on() is None
+    kept, docs = tmp_path / "kept.json", tmp_path / "docs" / "headline.md"
+    headline_page.write(run.state, None, kept, str(docs))
+    assert "The run is not finished: 1 of 5 epochs" in docs.read_text()
+    result = headline.Run(settings(tmp_path)).go_on()
+    run = headline.Run(settings(tmp_path))
+    written = headline_page.write(run.state, result, kept, str(docs))
+    assert all(path.stat().st_size > 500 for path in written)
+    page = docs.read_text()
+    assert f"**{100 * result['test_accuracy']:.2f} %** of the test images of digits" in page
+    assert page.count(" %\u0020|") == 5, "a line per epoch"
+    assert "--max_params=400" in page
+    assert json.loads(kept.read_text())["result"] == result
 
 
 def test_a_run_that_is_killed_goes_on_after_what_was_written(tmp_path, monkeypatch):

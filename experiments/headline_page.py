@@ -1,0 +1,108 @@
+"""The page of `experiments.headline`: what a long run has come to, finished or not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments import figures, reports, tables
+from tfgrow import GrowthEvent
+
+LINES = 12
+"""Of the table, at most: epochs spread over the run."""
+
+COLUMNS = (
+    "epoch", "hours", "parameters", "MFLOPs", "training loss", "validation loss",
+    "validation accuracy",
+)  # fmt: skip
+
+PAGE = """# The best network of {budget} that growing finds
+
+Made by `python -m experiments.headline` from `{source}`; don't edit by hand.
+
+{outcome}
+
+{table}
+
+![Validation accuracy against hours](images/headline-accuracy.png)
+
+![Widths, loss and parameters](images/headline-growth.png)
+
+Settings: `{settings}`.
+"""
+
+
+def write(
+    state: Mapping[str, Any], result: Mapping[str, Any] | None, kept: str | Path, docs: str
+) -> list[Path]:
+    """Keeps the figures of a run, and writes its page and pictures.
+
+    Args:
+      state: `settings` and `epochs`, as the run keeps them.
+      result: what it came to, or None as long as it is not finished.
+      kept: the JSON file to keep the figures in.
+      docs: the page to write.
+    """
+    found = {"settings": state["settings"], "epochs": state["epochs"], "result": result}
+    reports.write_json(Path(kept), found)
+    epochs, images = state["epochs"], Path(docs).parent / "images"
+    history = {name: [epoch[name] for epoch in epochs] for name in ("loss", "val_loss")}
+    events = [GrowthEvent.from_json(event) for epoch in epochs for event in epoch["events"]]
+    hours = np.cumsum([epoch["seconds"] for epoch in epochs]) / 3600
+    accuracy = [epoch["val_accuracy"] for epoch in epochs]
+    settings = state["settings"]
+    given = {name: value for name, value in settings.items() if value is not None}
+    page = PAGE.format(
+        budget=f"{settings['max_params']:,} parameters",
+        source=kept,
+        outcome=_outcome(epochs, result, settings, hours[-1]),
+        table=tables.markdown(COLUMNS, _rows(epochs, hours)),
+        settings=" ".join(f"--{name}={_text(value)}" for name, value in sorted(given.items())),
+    )
+    return [
+        figures.plot_accuracy(hours, accuracy, images / "headline-accuracy.png"),
+        figures.plot_growth(events, history, images / "headline-growth.png"),
+        tables.write_page(docs, page),
+    ]
+
+
+def _outcome(
+    epochs: Sequence[Mapping[str, Any]],
+    result: Mapping[str, Any] | None,
+    settings: Mapping[str, Any],
+    hours: float,
+) -> str:
+    if result is None:
+        return (
+            f"The run is not finished: {len(epochs)} of {settings['epochs']} epochs, "
+            f"{hours:.1f} hours. The test images have not been looked at."
+        )
+    widths = ", ".join(str(units) for units in result["widths"].values())
+    return (
+        f"**{100 * result['test_accuracy']:.2f} %** of the test images of {settings['dataset']}, "
+        f"looked at once, with {result['params']:,} parameters (all of them dense) and "
+        f"{result['flops'] / 1e6:.1f} MFLOPs per image, after {hours:.1f} hours. Widths: {widths}."
+    )
+
+
+def _rows(epochs: Sequence[Mapping[str, Any]], hours: np.ndarray) -> list[list[Any]]:
+    shown = np.unique(np.linspace(0, len(epochs) - 1, LINES).round().astype(int))
+    return [
+        [
+            int(i) + 1,
+            f"{hours[i]:.2f}",
+            epochs[i]["params"],
+            f"{epochs[i]['flops'] / 1e6:.1f}",
+            f"{epochs[i]['loss']:.3f}",
+            f"{epochs[i]['val_loss']:.3f}",
+            f"{100 * epochs[i]['val_accuracy']:.2f} %",
+        ]
+        for i in shown
+    ]
+
+
+def _text(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
