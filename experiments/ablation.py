@@ -114,8 +114,8 @@ def introduction() -> str:
     return (
         "# What matters and what doesn't\n\n"
         "Made by `python -m experiments.ablation` from `experiments/results/ablation`; don't edit "
-        "by hand. `gauss_newton` is the recipe of `experiments.compare`; a variant differs from it in what "
-        "is said here:\n\n"
+        "by hand. `gauss_newton` is the recipe of `experiments.compare`; a variant differs from it "
+        "in what is said here:\n\n"
         f"{lines}\n\n"
         'Every figure is a mean ± standard deviation over seeds; "behind gauss_newton" is by how '
         "much the variant's test accuracy, in points, is lower on the same seeds, with the "
