@@ -197,6 +197,17 @@ def test_a_units_worth_is_what_least_squares_can_not_make_up_for():
         assert worth[unit] == pytest.approx(missed, rel=0.05)
 
 
+def test_some_of_a_sites_units_are_worth_what_they_are_among_all():
+    x = np.random.default_rng(1).normal(size=(400, 4)).astype("float32")
+    data = x, x[:, :2]
+    every = estimator_of(of_hidden(9)).worth(data, data)["hidden"]
+    some = estimator_of(of_hidden(9)).worth(data, data, units=4)["hidden"]
+    assert some.shape == (4,)
+    places = [int(np.argmin(np.abs(every - one))) for one in some]
+    assert places == sorted(set(places))
+    np.testing.assert_allclose(some, every[places], rtol=1e-4)
+
+
 def test_copies_are_worth_nothing():
     x = np.random.default_rng(1).normal(size=(400, 4)).astype("float32")
     data = x, x[:, :2]

@@ -198,6 +198,7 @@ class GaussNewtonEstimator:
         dataset,
         judged_on,
         sites: Iterable[str] | None = None,
+        units: int | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> dict[str, np.ndarray]:
         """By how much the mean loss would rise if a unit went, the others standing in for it.
@@ -212,11 +213,12 @@ class GaussNewtonEstimator:
           dataset: what the others' standing in is learned on, as in `learn`.
           judged_on: finite; other samples, on which it is judged.
           sites: names; all whose units can be taken away by default.
+          units: how many units of a site are looked at, at most, drawn at random; all by default.
           progress: as in `learn`, of which it is a part.
 
         Returns:
-          By site, the worth of each unit, `[units]`, never negative. Sites of a single unit, and
-          those whose units can't go, are left out.
+          By site, the worth of each unit looked at, `[units]`, never negative. Sites of a single
+          unit, and those whose units can't go, are left out.
 
         Raises:
           ValueError: where it is not finite, or there is no curvature.
@@ -234,7 +236,10 @@ class GaussNewtonEstimator:
         """
         every = sites_of(self.model, self._graph)
         wanted = {site.name for site in every} if sites is None else set(sites)
-        alone = removals([site for site in every if site.name in wanted])
+        require_whole("units", units)
+        alone = _some_of_each(
+            removals([site for site in every if site.name in wanted]), units, self.seed
+        )
         if not alone:
             return {}
         with self._at_minimum():
@@ -419,6 +424,18 @@ def compiled_loss(model: keras.Model) -> tuple:
             "model.compile(loss=...) first."
         )
     return model.loss, compiled_loss_weights(model)
+
+
+def _some_of_each(every: Sequence[Candidate], most: int | None, seed: int) -> list[Candidate]:
+    """At most so many candidates per site, drawn at random, in their order."""
+    by_site: dict[str, list[Candidate]] = {}
+    for candidate in every:
+        by_site.setdefault(candidate.site.name, []).append(candidate)
+    rng, some = np.random.default_rng(seed), list[Candidate]()
+    for those in by_site.values():
+        count = min(len(those), most or len(those))
+        some += [those[i] for i in np.sort(rng.choice(len(those), count, replace=False))]
+    return some
 
 
 def _fade(number: int, steps: int) -> float:

@@ -318,6 +318,9 @@ class Demand:
     fixed: tuple[int, ...] = ()
 
 
+SWEEPS = 200
+"""Of coordinate descent, at most."""
+
 RIDGE = 0.1
 """How much of its own curvature is added to each candidate's: an interaction is of few samples."""
 
@@ -326,6 +329,23 @@ def damping_of(gram: np.ndarray, ridge: float = RIDGE) -> np.ndarray:
     """What is added to the diagonal of a gram matrix `[n, n]`; never zero."""
     diagonal = np.diag(gram)
     return ridge * diagonal + max(1e-12 * np.max(diagonal, initial=0.0), 1e-30)
+
+
+def _descend(
+    gram: np.ndarray, linear: np.ndarray, start: np.ndarray, least: np.ndarray, most: np.ndarray
+) -> np.ndarray:
+    """The minimum of a quadratic within bounds, one coordinate after the other."""
+    lengths, slope = start.copy(), linear + gram @ start
+    for _ in range(SWEEPS):
+        before = lengths.copy()
+        for i, curvature in enumerate(np.diag(gram)):
+            step = np.clip(lengths[i] - slope[i] / curvature, least[i], most[i]) - lengths[i]
+            if step:
+                lengths[i] += step
+                slope += step * gram[:, i]
+        if np.abs(lengths - before).max(initial=0.0) < 1e-6:
+            break
+    return lengths
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -350,11 +370,15 @@ class Interaction:
         lengths = np.asarray(lengths)
         return Interaction(self.linear * lengths, self.gram * np.outer(lengths, lengths))
 
-    def best_lengths(self, ridge: float = RIDGE) -> np.ndarray:
+    def best_lengths(
+        self, ridge: float = RIDGE, least: Any = -np.inf, most: Any = np.inf
+    ) -> np.ndarray:
         """The lengths `[n]` of all candidates at which their joint change is least, damped.
 
         Args:
           ridge: how much of its own curvature is added to each candidate's.
+          least: bound of the lengths, a number or `[n]`.
+          most: the other bound.
 
         Example:
 
@@ -362,9 +386,16 @@ class Interaction:
         >>> twins = Interaction(np.array([-1.0, -1.0]), np.array([[1.0, 1.0], [1.0, 1.0]]))
         >>> twins.best_lengths(ridge=1e-6).round(3).tolist()
         [0.5, 0.5]
+        >>> twins.best_lengths(ridge=1e-6, most=[0.2, 1.0]).round(3).tolist()
+        [0.2, 0.8]
         """
         gram = 0.5 * (self.gram + np.transpose(self.gram))
-        return -np.linalg.solve(gram + np.diag(damping_of(gram, ridge)), self.linear)
+        gram = gram + np.diag(damping_of(gram, ridge))
+        lengths = -np.linalg.solve(gram, self.linear)
+        least, most = np.broadcast_to(least, lengths.shape), np.broadcast_to(most, lengths.shape)
+        if ((least <= lengths) & (lengths <= most)).all():
+            return lengths
+        return _descend(gram, self.linear, np.clip(lengths, least, most), least, most)
 
     def change(self, subset=None) -> float:
         """Estimated change of the mean loss when the candidates in `subset` are applied at once.

@@ -84,6 +84,23 @@ def test_best_lengths_are_the_minimum(seed):
     assert 0.0 < np.linalg.norm(interaction.best_lengths(ridge=10.0)) < np.linalg.norm(lengths)
 
 
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10_000))
+def test_best_lengths_within_bounds_are_the_minimum_there(seed):
+    interaction = random_interaction(seed)
+    rng = np.random.default_rng(seed)
+    free = interaction.best_lengths(ridge=0.0)
+    most = free - 0.2 * rng.uniform(-1, 1, len(free)) ** 2
+    least = most - rng.uniform(0, 1, len(free))
+    lengths = interaction.best_lengths(ridge=0.0, least=least, most=most)
+    assert (least <= lengths).all()
+    assert (lengths <= most).all()
+    slope = interaction.linear + interaction.gram @ lengths
+    size = 1e-3 * np.abs(interaction.gram).sum(1)
+    assert (slope[lengths > least] < size[lengths > least]).all(), "down is no better"
+    assert (slope[lengths < most] > -size[lengths < most]).all(), "nor is up"
+
+
 def test_candidates_that_change_nothing_get_no_length():
     nothing = Interaction(np.zeros(3), np.zeros((3, 3)))
     np.testing.assert_array_equal(nothing.best_lengths(), np.zeros(3))

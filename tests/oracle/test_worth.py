@@ -113,10 +113,12 @@ def test_limits(worth, limits, expected, reason):
 def test_no_more_units_than_can_be_made():
     wanted, reason = allocated(ALIKE, most=2)
     assert wanted == {"d0": 2, "d1": 2, "d2": 2}
-    assert reason == "every unit is split already"
+    assert reason == "a site at most doubles in one step"
     sites, _ = parts_of(three_layers())
     assert most_units(sites[0], several("split")) == 2
-    assert most_units(sites[0], several(("split", "add"))) == np.inf
+    assert most_units(sites[2], several(("split", "add"))) == 4, "twice as many"
+    assert most_units(sites[0], several("add"), at_least=3) == 3
+    assert most_units(sites[1], several("add"), at_least=1, multiple=8) == 5
     assert most_units(sites[0], several("prune")) == 0
 
 
@@ -186,6 +188,42 @@ def test_a_site_of_one_unit_grows_too_and_so_does_what_has_not_learned_anything(
     few = quick_oracle(**settings, min_gain_per_param=1e-6).propose_plan(silent, (x, y))
     assert not few.candidates
     assert "worth per parameter fell under 1e-06" in few.reason
+
+
+@pytest.mark.parametrize("limits", [{"max_params": 100_000}, {"growth_per_step": 10_000}])
+def test_no_site_more_than_doubles_in_a_step(limits):
+    """What its units are worth now tells nothing of ten times as many."""
+    x, y = data(512, 1)
+    oracle = quick_oracle(**{"score": "worth", "growth_per_step": None, **limits})
+    plan = oracle.propose_plan(student(6, 8, "tanh"), (x, y))
+    assert plan.widths == {"hidden": (6, 12), "bottleneck": (8, 16)}
+    assert plan.reason == "a site at most doubles in one step"
+
+
+def test_a_network_that_nothing_can_mend_does_not_grow():
+    """Its first layer is dead, and no new unit of it would reach the output alone."""
+    keras.utils.set_random_seed(0)
+    off = keras.initializers.Constant(-100.0)
+    first = keras.layers.Dense(4, "relu", name="first", bias_initializer=off)
+    layers = [keras.Input((4,)), first, keras.layers.Dense(8, "relu"), keras.layers.Dense(3)]
+    plan = quick_oracle(score="worth").propose_plan(
+        compiled(tfgrow.convert(keras.Sequential(layers))), arrays(samples=256)
+    )
+    assert not plan.candidates
+    assert plan.reason == "no set of new units lowers the estimate"
+
+
+def test_a_dead_layer_beside_a_live_one_grows():
+    keras.utils.set_random_seed(0)
+    image = keras.Input((4,))
+    live = keras.layers.Dense(6, "relu", name="live")(image)
+    dead = keras.layers.Dense(
+        6, "relu", name="dead", bias_initializer=keras.initializers.Constant(-50.0)
+    )(image)
+    both = keras.layers.Concatenate()([live, dead])
+    model = compiled(tfgrow.convert(keras.Model(image, keras.layers.Dense(3)(both))))
+    oracle = quick_oracle(score="worth", growth_per_step=6, morphisms="add", new_units=4)
+    assert "dead" in oracle.propose_plan(model, arrays(samples=256)).widths
 
 
 @pytest.mark.parametrize(

@@ -64,14 +64,14 @@ class GaussNewtonOracle(GrowthOracle):
       curvature: see `GaussNewtonEstimator`. For the time one batch of exact columns takes, three
         batches of sampled ones are learned or scored on, which is worth more.
       new_units: single new units tried per site and step; with `score="worth"`, so many more than
-        are wanted.
+        are wanted, and so many a site may always get.
       learn_steps: learning steps per growth step, one batch each.
       score_batches: batches that candidates are scored on.
       held_out_batches: batches on which a chosen set is judged before it is committed.
       learning_rate: of theta, see `GaussNewtonEstimator.learn`.
       score: `"worth"` adds units where those that are there are worth most for what they cost,
-        whatever new ones change at once (see `GaussNewtonEstimator.worth`); `min_gain_per_param` is
-        then what a unit must be worth. `"raw"` goes by what an edit would do to the loss now;
+        whatever new ones change at once (see `GaussNewtonEstimator.worth`); no site more than
+        doubles then, and `min_gain_per_param` is what a unit must be worth. `"raw"` goes by what an edit would do to the loss now;
         `"marginal"` by what it would do beyond what training the weights that are there would bring
         anyway (see `GaussNewtonEstimator.settle`; cf. Verbockhaven et al. 2024), and applies what
         is chosen at the lengths that are best together now. `"auto"` is `"worth"` where all kinds
@@ -246,7 +246,10 @@ class GaussNewtonOracle(GrowthOracle):
         estimator = self._estimator(step)
         first = _shifted(step.progress, after=self.learn_steps + SETTLE)
         worth = worth_by_site(estimator, step.sites, parts, first)
-        most = {site.name: most_units(site, self.morphisms) for site in step.sites}
+        most = {
+            site.name: most_units(site, self.morphisms, self.new_units, step.limits.round_to or 1)
+            for site in step.sites
+        }
         wanted, reason = allocate(worth, step.sites, step.costs, step.limits, most)
         clock.lap("worth")
         if not wanted:
@@ -262,6 +265,8 @@ class GaussNewtonOracle(GrowthOracle):
         clock.lap("select")
         estimated = self.estimate(step.model, chosen, parts.score) or 0.0
         clock.lap("lengths")
+        if not estimated < 0:
+            return _plan((), 0.0, step, "no set of new units lowers the estimate")
         return _plan(chosen, estimated, step, reason)
 
     def _candidates(self, step: _Step, new_units: Mapping[str, int]) -> list[Candidate]:
@@ -355,7 +360,7 @@ def _parted(batches: Sequence) -> tuple[Sequence, Sequence]:
 
 def _at_lengths(chosen: Sequence[Candidate], interaction: Interaction) -> tuple[Candidate, ...]:
     """Candidates at the lengths that are best together."""
-    lengths = np.clip(interaction.best_lengths(), _least_lengths(chosen), 1.0)
+    lengths = interaction.best_lengths(least=_least_lengths(chosen), most=1.0)
     scaled = [
         get(candidate.morphism).scaled(candidate, float(length))
         for candidate, length in zip(chosen, lengths, strict=True)

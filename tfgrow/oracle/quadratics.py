@@ -81,4 +81,4 @@ class FreeLengths(FixedLengths):
 
     def lengths(self, picked, interaction):
         rows = np.asarray(picked, dtype=int)
-        return np.clip(interaction.of(rows).best_lengths(), self._least[rows], 1.0)
+        return interaction.of(rows).best_lengths(least=self._least[rows], most=1.0)

@@ -41,6 +41,9 @@ of the sixth, 0.0039 -> 0.0020 -> 0.0009 (1.8, 2.4); 8 -> 20 of the first, 0.041
 AT_ONCE = 1 / 32
 """Share of a site's units that is added at a time: single ones to wide networks would take long."""
 
+STUDIED = 128
+"""Units of a site that are looked at, at most: time and memory go with their number."""
+
 LEAST_WORTH = 1e-12
 """Units go where they are cheapest then, unless there is a threshold."""
 
@@ -53,8 +56,11 @@ def worth_by_site(
 ) -> dict[str, float]:
     """By site, what one of its units is worth on average; see `GaussNewtonEstimator.worth`.
 
-    Where units can't be taken away (it is the only one) they are worth as much as anywhere. Where
-    all could go at no cost, next to nothing, all alike: the network has not learned anything yet.
+    Where that can't be told they are worth as much as anywhere: a unit that is the only one can't
+    be taken away, and where all could go at no cost, they are dead, or not in use yet. Where that
+    holds of all sites, the network has not learned anything yet, and all are alike.
+
+    Of wide sites only some units are looked at.
 
     Args:
       estimator: of the model.
@@ -63,10 +69,10 @@ def worth_by_site(
       progress: called with (batches done, batches in all).
     """
     names = [site.name for site in sites]
-    found = estimator.worth(parts.learn, parts.score, names, progress)
+    found = estimator.worth(parts.learn, parts.score, names, STUDIED, progress)
     means = {name: float(np.mean(some)) for name, some in found.items()}
-    most = max(means.values(), default=1.0)
-    return {name: means.get(name, most) if most > 0 else LEAST_WORTH for name in names}
+    most = max(means.values(), default=1.0) or LEAST_WORTH
+    return {name: means.get(name) or most for name in names}
 
 
 def allocate(
@@ -86,7 +92,7 @@ def allocate(
       sites: the sites.
       costs: what units cost.
       limits: what may be spent.
-      most: by site, most units that can be added.
+      most: by site, most units that can be added, see `most_units`.
     """
     now = {site.name: site.units for site in sites}
     extra, in_the_way = dict.fromkeys(worth, 0), dict[str, None]()
@@ -160,19 +166,31 @@ class _Offer:
         exceeded = limits.exceeded(self.cost, sum(self.extra.values()))
         found = [limits.said([name]) for name in exceeded]
         if self.extra[self.site] > most:
-            found.append("every unit is split already")
+            found.append("a site at most doubles in one step")
         if self.rate() < limits.min_gain_per_param:
             unit = "parameter" if limits.unit == "params" else "FLOP"
             found.append(f"worth per {unit} fell under {limits.min_gain_per_param:g}")
         return found
 
 
-def most_units(site: Site, kinds: Sequence[Morphism]) -> float:
-    """How many units some kinds of edits can add to a site: each unit is split once at most."""
+def most_units(site: Site, kinds: Sequence[Morphism], at_least: int = 1, multiple: int = 1) -> int:
+    """How many units some kinds of edits can add to a site in one step.
+
+    Each unit is split once at most. Worth tells of the units there are, not of ten times as many:
+    no site more than doubles, but for narrow ones, and to reach a multiple.
+
+    Args:
+      site: a site.
+      kinds: the kinds of edits.
+      at_least: may always be added, if they can be made at all.
+      multiple: widths are brought to multiples of this.
+    """
     widening = [kind for kind in kinds if kind.units > 0 and kind.reason(site) is None]
     if not widening:
         return 0
-    return site.units if all(kind.edits_unit for kind in widening) else np.inf
+    if all(kind.edits_unit for kind in widening):
+        return site.units
+    return max(site.units, at_least, -site.units % multiple or multiple)
 
 
 def pick(
