@@ -71,11 +71,12 @@ class GaussNewtonOracle(GrowthOracle):
       learning_rate: of theta, see `GaussNewtonEstimator.learn`.
       score: `"worth"` adds units where those that are there are worth most for what they cost,
         whatever new ones change at once (see `GaussNewtonEstimator.worth`); no site more than
-        doubles then, and `min_gain_per_param` is what a unit must be worth. `"raw"` goes by what an edit would do to the loss now;
-        `"marginal"` by what it would do beyond what training the weights that are there would bring
-        anyway (see `GaussNewtonEstimator.settle`; cf. Verbockhaven et al. 2024), and applies what
-        is chosen at the lengths that are best together now. `"auto"` is `"worth"` where all kinds
-        of edits add single units and something limits the step, and else `"raw"`.
+        doubles then, and `min_gain_per_param` is what a unit must be worth. `"raw"` goes by what an
+        edit would do to the loss now; `"marginal"` by what it would do beyond what training the
+        weights that are there would bring anyway (see `GaussNewtonEstimator.settle`; cf.
+        Verbockhaven et al. 2024), and applies what is chosen at the lengths that are best together
+        now. `"auto"` is `"worth"` where all kinds of edits add single units and something limits
+        the step, and else `"raw"`.
       cost_exponent: gains are compared per cost to the power of this, from 0 (as they are) to 1
         (per parameter); by default 0.5 of what units are worth, else 1.
       growth_per_step: a fraction is the most parameters one step may add, relative to those the
