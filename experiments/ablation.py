@@ -26,14 +26,14 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 STRATEGY = "gauss_newton"
 
-RAW = {"score": "raw", "morphisms": ["split", "add"], "cost_exponent": 1.0}
+RAW = {"score": "raw", "cost_exponent": 1.0}
 
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
     STRATEGY: {},
     "raw": RAW,
-    "marginal": {"score": "marginal", "new_units": 8},
+    "marginal": {"score": "marginal", "morphisms": ["add"], "new_units": 8},
     "first_order": {"strategy": "gradmax"},
-    "split_and_add": {"morphisms": ["split", "add"]},
+    "add_only": {"morphisms": ["add"]},
     "split_only": {"morphisms": ["split"]},
     "per_parameter": {"cost_exponent": 1.0},
     "cost_aside": {"cost_exponent": 0.0},
@@ -63,7 +63,7 @@ SAID = {
     "raw": "splits and new units scored by what they bring at once, per parameter",
     "marginal": "scored by what they bring beyond training the existing weights",
     "first_order": "the gradient alone: new units, sites and directions as in GradMax",
-    "split_and_add": "edits are splits and new units",
+    "add_only": "edits are new units",
     "split_only": "edits are splits",
     "per_parameter": "worth compared per parameter instead of per root of the parameters",
     "cost_aside": "worth compared as it is, whatever units cost within the budget",

@@ -90,7 +90,7 @@ def define_common_flags(values: flags.FlagValues) -> None:
     for name, chosen, text in (
         ("datasets", ["cifar10"], "digits, or TensorFlow Datasets names."),
         ("budgets", ["20000"], "Most parameters of the grown networks, or FLOPs: --budget_in."),
-        ("morphisms", ["add"], "Kinds of edits of gauss_newton."),
+        ("morphisms", ["split", "add"], "Kinds of edits of gauss_newton."),
     ):
         flags.DEFINE_list(name, chosen, text, flag_values=values)
     for name, text_default, text in (
