@@ -108,19 +108,26 @@ def cells_of(options: Any) -> Iterator[Cell]:
                 yield Cell(dataset, model, budget, name, claim, seed, settings)
 
 
-def introduction() -> str:
-    """What the page begins with."""
-    lines = "\n".join(f"- `{name}`: {text}" for name, text in SAID.items())
-    return (
-        "# What matters and what doesn't\n\n"
-        "Made by `python -m experiments.ablation` from `experiments/results/ablation`; don't edit "
-        "by hand. `gauss_newton` is the recipe of `experiments.compare`; a variant differs from it "
-        "in what is said here:\n\n"
-        f"{lines}\n\n"
-        'Every figure is a mean ± standard deviation over seeds; "behind gauss_newton" is by how '
-        "much the variant's test accuracy, in points, is lower on the same seeds, with the "
-        "standard error of that. Test data were used once per cell, at its end.\n"
-    )
+INTRODUCTION = """\
+# What matters and what doesn't
+
+Made by `python -m experiments.ablation` from `experiments/results/ablation`; don't edit by hand.
+`gauss_newton` is the recipe of `experiments.compare`; a variant differs from it in what is said
+here:
+
+{lines}
+
+Every figure is a mean ± standard deviation over seeds; "behind gauss_newton" is by how much the
+variant's test accuracy, in points, is lower on the same seeds, with the standard error of that.
+Test data were used once per cell, at its end.
+"""
+
+
+def introduction(results: Any) -> str:
+    """What the page begins with: the variants that there are cells of."""
+    there = {row["method"] for row in results.cells}
+    lines = [f"- `{name}`: {text}" for name, text in SAID.items() if name in there]
+    return INTRODUCTION.format(lines="\n".join(lines))
 
 
 def main(arguments: list[str]) -> None:
@@ -129,7 +136,7 @@ def main(arguments: list[str]) -> None:
         raise app.UsageError(f"Unexpected arguments {arguments[1:]}; settings are --flags.")
     quiet_logs()
     with in_words("experiments.ablation"):
-        compare.run(cells_of(flags.FLAGS), flags.FLAGS, introduction())
+        compare.run(cells_of(flags.FLAGS), flags.FLAGS, introduction)
 
 
 if __name__ == "__main__":

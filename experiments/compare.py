@@ -254,19 +254,22 @@ def main(arguments: list[str]) -> None:
         run(cells_of(flags.FLAGS), flags.FLAGS)
 
 
-def run(cells: Iterable[Cell], options: Any, introduction: str | None = None) -> None:
+def run(
+    cells: Iterable[Cell], options: Any, introduction: Callable[[Any], str] | None = None
+) -> None:
     """Runs the cells that are missing, then writes and shows the tables of all there is.
 
     Args:
       cells: all cells.
       options: the values of the flags, as attributes.
-      introduction: see `experiments.standings.write`.
+      introduction: makes of the results what `experiments.standings.write` takes for one.
     """
     sweep(list(cells), options.jobs)
     from experiments import standings
 
     results = standings.collect(options.results_dir)
-    standings.write(results, Path(options.results_dir), options.docs, introduction)
+    said = introduction(results) if introduction is not None else None
+    standings.write(results, Path(options.results_dir), options.docs, said)
     standings.show(results)
 
 

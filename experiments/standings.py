@@ -257,18 +257,24 @@ def page_of(results: Results, introduction: str | None = None) -> str:
 
 
 def _recipe(rows: Sequence[Row]) -> Iterable[str]:
-    """The flags that all cells have in common, and what those of a network or a method share."""
+    """The flags that all cells have in common, and what those of a network or a method share.
+
+    Of methods that have ours' flags too (variants of it), only what differs from ours.
+    """
     shared = _shared_flags(rows)
+    ours = _shared_flags([row for row in rows if row["method"] == OURS])
     yield f"All cells: `{' '.join(sorted(shared))}`."
     for column in ("model", "method"):
         for name in sorted({row[column] for row in rows}):
-            own = _shared_flags(row for row in rows if row[column] == name) - shared
+            own = _shared_flags([row for row in rows if row[column] == name]) - shared
+            own -= ours if name != OURS else set()
             if own:
                 yield f"{name}: `{' '.join(sorted(own))}`."
 
 
-def _shared_flags(rows: Iterable[Row]) -> set[str]:
-    return set.intersection(*(set(str(row["settings"]).split()) for row in rows))
+def _shared_flags(rows: Sequence[Row]) -> set[str]:
+    flags = [set(str(row["settings"]).split()) for row in rows]
+    return set.intersection(*flags) if flags else set()
 
 
 PICTURES = {

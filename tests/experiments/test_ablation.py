@@ -95,9 +95,12 @@ def test_a_sweep_of_variants(tmp_path, monkeypatch):
     ]
     page = tmp_path / "ablation.md"
     results = standings.collect(tmp_path)
-    written = standings.write(results, tmp_path, str(page), ablation.introduction())
+    written = standings.write(results, tmp_path, str(page), ablation.introduction(results))
     assert not [path for path in written if path.suffix == ".png"]
     text = page.read_text()
     assert text.startswith("# What matters")
+    assert "- `few_steps`: 2 learning steps" in text
+    assert "- `many_steps`" not in text, "there is no cell of it"
+    assert "few_steps: `--learn_steps=2`." in text, "what differs"
     for name in chosen.variants:
         assert text.count(f"| {name} |") >= 2, "a line for either claim"
