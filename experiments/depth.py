@@ -6,8 +6,8 @@ r"""Where do estimates get poor? By depth, with and without residual connections
 For every depth and family a network is trained; after so many epochs as --epochs says, splits and
 new units at --places sites spread over the depth are learned, estimated by exact curvature on
 samples that nothing was learned on, and held against the really expanded network: each alone, and
-all at once. `realized` is the measured over the estimated change of the latter, as in an event of
-growth (`GrowthEvent.realized`).
+all at once, at the lengths that are best together. `realized` is the measured over the estimated
+change of the latter, as in an event of growth (`GrowthEvent.realized`).
 
 Each network is trained in a process of its own, and writes one JSON file under --results_dir when
 it has ended; one whose file exists is not run again. All of them make up the page --docs.
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +115,7 @@ def examine(model: Any, data: Any, settings: Mapping[str, Any], seed: int) -> di
     estimator = tfgrow.GaussNewtonEstimator(model, curvature="exact", seed=seed)
     learned = estimator.learn(chosen, learn_on, settings["steps"])
     interaction = estimator.interaction(learned, judge_on)
+    together = at_lengths(learned, interaction.best_lengths(least=0.0, most=1.0))
     single = [
         tfgrow.measure_change(model, candidate, judge_on, in_place=True) for candidate in learned
     ]
@@ -124,9 +125,21 @@ def examine(model: Any, data: Any, settings: Mapping[str, Any], seed: int) -> di
         "sites": [candidate.site.name for candidate in learned],
         "estimated": interaction.scores.tolist(),
         "true": single,
-        "estimated together": interaction.change(),
-        "true together": tfgrow.measure_change(model, learned, judge_on, in_place=True),
+        "estimated together": estimator.joint_change(together, judge_on),
+        "true together": tfgrow.measure_change(model, together, judge_on, in_place=True),
     }
+
+
+def at_lengths(learned: Sequence[Any], lengths: Iterable[float]) -> list[Any]:
+    """Edits at some lengths, as an oracle applies them; those of none are left out."""
+    from tfgrow.morphisms.registry import get
+
+    scaled = [
+        get(candidate.morphism).scaled(candidate, float(length))
+        for candidate, length in zip(learned, lengths, strict=True)
+        if length > 0
+    ]
+    return [one for one in scaled if one is not None]
 
 
 def picked(model: Any, kind: str, places: int, seed: int) -> list[Any]:
@@ -186,8 +199,8 @@ Networks of {width} units per layer (VGG) or block (with residual connections) a
 {max_train:,} images of {dataset}. After so many epochs as the table says, a split and a new unit at
 {places} sites spread over the depth are learned, and estimated on {samples:,} images that nothing
 was learned on. Beside the estimates stands what really expanding the network changes: of each edit
-alone (correlation, and median relative error), and of all of them at once (`realized` is the
-measured over the estimated change, as in `GrowthEvent.realized`).
+alone (correlation, and median relative error), and of all of them at once, at the lengths that are
+best together (`realized` is the measured over the estimated change, as in `GrowthEvent.realized`).
 
 {table}
 

@@ -74,12 +74,16 @@ def test_truth_is_that_of_a_really_expanded_copy(data):
     chosen = [c for kind in depth.KINDS for c in depth.picked(model, kind, 2, 0)]
     estimator = tfgrow.GaussNewtonEstimator(model, curvature="exact", seed=0)
     learned = estimator.learn(chosen, learn_on, 2)
+    lengths = estimator.interaction(learned, judge_on).best_lengths(least=0.0, most=1.0)
+    together = depth.at_lengths(learned, lengths)
+    assert 0 < len(together) == np.sum(lengths > 0)
     assert found["true together"] == pytest.approx(
-        tfgrow.measure_change(model, learned, judge_on), rel=1e-3, abs=1e-6
+        tfgrow.measure_change(model, together, judge_on), rel=1e-3, abs=1e-6
     )
     assert found["estimated together"] == pytest.approx(
-        estimator.joint_change(learned, judge_on), rel=1e-3, abs=1e-6
+        estimator.joint_change(together, judge_on), rel=1e-3, abs=1e-6
     )
+    assert found["estimated together"] < 0
 
 
 def test_the_page_is_over_seeds(tmp_path):
