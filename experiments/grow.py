@@ -145,7 +145,7 @@ flags.DEFINE_enum(
     SCORES,
     "Units go where those there are are worth most (worth), or where edits bring most, at once "
     "(raw) or beyond what training brings anyway (marginal). auto: worth where all --morphisms add "
-    "single units, else raw.",
+    "single units and no --min_gain_per_param is given, else raw.",
 )
 flags.DEFINE_enum(
     "schedule",

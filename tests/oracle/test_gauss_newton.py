@@ -302,12 +302,13 @@ def test_the_marginal_score_needs_edits_that_can_be_scaled():
 @pytest.mark.parametrize(
     ("settings", "score"),
     [
-        ({}, "worth"),
-        ({"morphisms": ("heads", "add_heads")}, "worth"),
-        ({"morphisms": ("add", "prune")}, "raw"),
-        ({"morphisms": ("split", "deepen")}, "raw"),
-        ({"growth_per_step": None}, "raw"),
-        ({"growth_per_step": None, "max_flops": 9}, "worth"),
+        ({"max_params": 9}, "worth"),
+        ({"max_flops": 9, "growth_per_step": None}, "worth"),
+        ({"max_params": 9, "morphisms": ("heads", "add_heads")}, "worth"),
+        ({"max_params": 9, "morphisms": ("add", "prune")}, "raw"),
+        ({"max_params": 9, "morphisms": ("split", "deepen")}, "raw"),
+        ({"max_params": 9, "min_gain_per_param": 1e-6}, "raw"),
+        ({}, "raw"),
     ],
 )
 def test_what_it_goes_by_if_nothing_is_said(settings, score):

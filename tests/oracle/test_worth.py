@@ -213,19 +213,6 @@ def test_a_network_that_nothing_can_mend_does_not_grow():
     assert plan.reason == "no set of new units lowers the estimate"
 
 
-def test_a_dead_layer_beside_a_live_one_grows():
-    keras.utils.set_random_seed(0)
-    image = keras.Input((4,))
-    live = keras.layers.Dense(6, "relu", name="live")(image)
-    dead = keras.layers.Dense(
-        6, "relu", name="dead", bias_initializer=keras.initializers.Constant(-50.0)
-    )(image)
-    both = keras.layers.Concatenate()([live, dead])
-    model = compiled(tfgrow.convert(keras.Model(image, keras.layers.Dense(3)(both))))
-    oracle = quick_oracle(score="worth", growth_per_step=6, morphisms="add", new_units=4)
-    assert "dead" in oracle.propose_plan(model, arrays(samples=256)).widths
-
-
 @pytest.mark.parametrize(
     ("limits", "holds"),
     [

@@ -75,8 +75,10 @@ class GaussNewtonOracle(GrowthOracle):
         edit would do to the loss now; `"marginal"` by what it would do beyond what training the
         weights that are there would bring anyway (see `GaussNewtonEstimator.settle`; cf.
         Verbockhaven et al. 2024), and applies what is chosen at the lengths that are best together
-        now. `"auto"` is `"worth"` where all kinds of edits add single units and something limits
-        the step, and else `"raw"`.
+        now. `"worth"` shares out a budget until it is spent; by what edits bring, growing ends
+        where they bring nothing. So `"auto"` is `"worth"` where all kinds of edits add single
+        units, there is a budget (`max_params` or `max_flops`) and no `min_gain_per_param`, and else
+        `"raw"`.
       cost_exponent: gains are compared per cost to the power of this, from 0 (as they are) to 1
         (per parameter); by default 0.5 of what units are worth, else 1.
       growth_per_step: a fraction is the most parameters one step may add, relative to those the
@@ -145,9 +147,10 @@ class GaussNewtonOracle(GrowthOracle):
         """What the oracle goes by; `others` are the kinds that don't add single units."""
         if score not in SCORES:
             raise ValueError(f"Unknown score {score!r}; expected one of {SCORES}.")
-        limited = not (self.growth_per_step is self.max_params is self.max_flops is None)
+        budget = not (self.max_params is self.max_flops is None)
         if score == "auto":
-            return "raw" if others or not limited else "worth"
+            shared_out = budget and not others and not self._limits.min_gain_per_param
+            return "worth" if shared_out else "raw"
         whole = [kind.name for kind in self.morphisms if kind.units < 0]
         if score == "marginal" and whole:
             raise ValueError(
@@ -159,7 +162,7 @@ class GaussNewtonOracle(GrowthOracle):
                 f"score='worth' says where single units are to be added; {others} do something "
                 "else. Leave them out, or use score='raw'."
             )
-        if score == "worth" and not limited:
+        if score == "worth" and self.growth_per_step is None and not budget:
             raise ValueError(
                 "score='worth' shares out what a step may spend, and nothing limits it. Give "
                 "growth_per_step, max_params or max_flops."

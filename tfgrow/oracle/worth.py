@@ -56,9 +56,8 @@ def worth_by_site(
 ) -> dict[str, float]:
     """By site, what one of its units is worth on average; see `GaussNewtonEstimator.worth`.
 
-    Where that can't be told they are worth as much as anywhere: a unit that is the only one can't
-    be taken away, and where all could go at no cost, they are dead, or not in use yet. Where that
-    holds of all sites, the network has not learned anything yet, and all are alike.
+    Where units can't be taken away (it is the only one) they are worth as much as anywhere. Where
+    all could go at no cost, next to nothing, all alike: the network has not learned anything yet.
 
     Of wide sites only some units are looked at.
 
@@ -71,8 +70,8 @@ def worth_by_site(
     names = [site.name for site in sites]
     found = estimator.worth(parts.learn, parts.score, names, STUDIED, progress)
     means = {name: float(np.mean(some)) for name, some in found.items()}
-    most = max(means.values(), default=1.0) or LEAST_WORTH
-    return {name: means.get(name) or most for name in names}
+    most = max(means.values(), default=1.0)
+    return {name: means.get(name, most) if most > 0 else LEAST_WORTH for name in names}
 
 
 def allocate(
