@@ -89,7 +89,6 @@ def test_rival_times_and_evaluates(network, images):
     parts = (times.build, times.trace, times.learn, times.evaluate)
     assert min(parts) > 0
     assert times.seconds == pytest.approx(sum(parts))
-    assert times.trace > times.evaluate, "tracing takes longer than a forward pass of 16 images"
     assert abs(times.change) > 1e-6
 
 
