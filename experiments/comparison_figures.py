@@ -14,6 +14,9 @@ import numpy as np
 from experiments._drawing import MARKERS, MORE, PALETTE, new_figure, plain_log_ticks, write
 from experiments.measures import mean_and_std
 
+PLACE = ("dataset", "model", "budget_in")
+"""What has pictures of its own."""
+
 UNITS = {"params": "parameters", "flops": "FLOPs"}
 """What a budget counts, in words."""
 
@@ -62,14 +65,14 @@ def plot_standings(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[st
       rows: as in `compare.csv`.
       path: the file to write.
     """
-    places = _places(rows)
+    places = places_of(rows)
     claims = ("from_scratch", "grown")
     figure = new_figure(9.0, 3.8 * len(places))
     grid = figure.subplots(len(places), len(claims), squeeze=False)
     known = styles(row["method"] for row in rows)
     for line, place in zip(grid, places, strict=True):
         for axes, claim in zip(line, claims, strict=True):
-            mine = [row for row in rows if _place(row) == place and row["claim"] == claim]
+            mine = [row for row in rows if place_of(row) == place and row["claim"] == claim]
             for method, style in known.items():
                 _draw_budgets(axes, [r for r in mine if r["method"] == method], style)
             axes.set_xscale("log")
@@ -124,14 +127,14 @@ def plot_curves(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str])
       rows: as in `curves.csv`.
       path: the file to write.
     """
-    places = _places(rows)
+    places = places_of(rows)
     figure = new_figure(9.0, 3.8 * len(places))
     grid = figure.subplots(len(places), 2, squeeze=False)
     methods = list(dict.fromkeys(r["method"] for r in rows if r["claim"] == "grown"))
     reference = OURS if OURS in methods else next(iter(methods), "")
     known = styles(row["method"] for row in rows)
     for line, place in zip(grid, places, strict=True):
-        mine = [row for row in rows if _place(row) == place]
+        mine = [row for row in rows if place_of(row) == place]
         mine = [row for row in mine if row["budget"] == max(r["budget"] for r in mine)]
         arms = [(method, "grown") for method in methods]
         arms += [(reference, "from_scratch")] if methods else []
@@ -168,12 +171,12 @@ def plot_widths(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str])
       path: the file to write.
     """
     rows = [row for row in rows if row["claim"] in ("grown", "from_scratch")]
-    places = _places(rows)
+    places = places_of(rows)
     figure = new_figure(8.0, 3.2 * len(places))
     grid = figure.subplots(len(places), 1, squeeze=False)[:, 0]
     known = styles(row["method"] for row in rows)
     for axes, place in zip(grid, places, strict=True):
-        mine = [row for row in rows if _place(row) == place]
+        mine = [row for row in rows if place_of(row) == place]
         largest = max(row["budget"] for row in mine)
         mine = [row for row in mine if row["budget"] == largest]
         layers = [pair.split("=")[0] for pair in mine[0]["widths"].split()]
@@ -190,13 +193,17 @@ def plot_widths(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str])
     return write(figure, path)
 
 
-def _places(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
-    """What has pictures of its own."""
-    return sorted({_place(row) for row in rows}, key=lambda place: (place[2] != "params", place))
+def places_of(
+    rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = PLACE
+) -> list[tuple[Any, ...]]:
+    """What the rows are of, by some columns, `PLACE` before others; budgets of parameters first."""
+    found = {place_of(row, columns) for row in rows}
+    return sorted(found, key=lambda place: (list(UNITS).index(place[2]), place))
 
 
-def _place(row: Mapping[str, Any]) -> tuple[str, str, str]:
-    return row["dataset"], row["model"], row["budget_in"]
+def place_of(row: Mapping[str, Any], columns: Sequence[str] = PLACE) -> tuple[Any, ...]:
+    """Where a row belongs."""
+    return tuple(row[name] for name in columns)
 
 
 def _widths_of(row: Mapping[str, Any]) -> dict[str, int]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,15 +107,20 @@ def examine(model: Any, data: Any, settings: Mapping[str, Any], seed: int) -> di
       settings: `places`, `samples`, `steps`.
       seed: of that.
     """
+    import numpy as np
+
     import tfgrow
     from experiments.fidelity import disjoint
+    from tfgrow.morphisms.registry import at_lengths
 
     learn_on, judge_on = disjoint(data.x_train, data.y_train, settings["samples"], seed)
     chosen = [c for kind in KINDS for c in picked(model, kind, settings["places"], seed)]
     estimator = tfgrow.GaussNewtonEstimator(model, curvature="exact", seed=seed)
     learned = estimator.learn(chosen, learn_on, settings["steps"])
     interaction = estimator.interaction(learned, judge_on)
-    together = at_lengths(learned, interaction.best_lengths(least=0.0, most=1.0))
+    lengths = interaction.best_lengths(least=0.0, most=1.0)
+    some = np.flatnonzero(lengths)
+    together = at_lengths([learned[i] for i in some], lengths[some])
     single = [
         tfgrow.measure_change(model, candidate, judge_on, in_place=True) for candidate in learned
     ]
@@ -128,18 +133,6 @@ def examine(model: Any, data: Any, settings: Mapping[str, Any], seed: int) -> di
         "estimated together": estimator.joint_change(together, judge_on),
         "true together": tfgrow.measure_change(model, together, judge_on, in_place=True),
     }
-
-
-def at_lengths(learned: Sequence[Any], lengths: Iterable[float]) -> list[Any]:
-    """Edits at some lengths, as an oracle applies them; those of none are left out."""
-    from tfgrow.morphisms.registry import get
-
-    scaled = [
-        get(candidate.morphism).scaled(candidate, float(length))
-        for candidate, length in zip(learned, lengths, strict=True)
-        if length > 0
-    ]
-    return [one for one in scaled if one is not None]
 
 
 def picked(model: Any, kind: str, places: int, seed: int) -> list[Any]:

@@ -23,7 +23,7 @@ from typing import Any
 
 from absl import app, flags
 
-from experiments._flags import are_whole
+from experiments._flags import SCORES, are_whole
 from experiments._messages import in_words, quiet_logs, stopped_cleanly
 from experiments.variants import VARIANTS
 
@@ -50,7 +50,6 @@ OTHER_DEFAULTS: dict[str, Any] = {
     "max_params": 40_000,
     "widths": None,
 }
-SCORES = ("auto", "raw", "marginal", "worth")
 CURVATURES = ("auto", "exact", "sampled", "empirical")
 OPTIMIZERS = ("adagrad", "adam", "adamw", "lion", "rmsprop", "sgd")
 # Flags that go on under their own names.

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from experiments import figures, reports, tables
+from experiments._flags import as_text
 from tfgrow import GrowthEvent
 
 LINES = 12
@@ -54,13 +55,12 @@ def write(
     hours = np.cumsum([epoch["seconds"] for epoch in epochs]) / 3600
     accuracy = [epoch["val_accuracy"] for epoch in epochs]
     settings = state["settings"]
-    given = {name: value for name, value in settings.items() if value is not None}
     page = PAGE.format(
         budget=f"{settings['max_params']:,} parameters",
         source=kept,
         outcome=_outcome(epochs, result, settings, hours[-1]),
         table=tables.markdown(COLUMNS, _rows(epochs, hours)),
-        settings=" ".join(f"--{name}={_text(value)}" for name, value in sorted(given.items())),
+        settings=as_text(settings),
     )
     return [
         figures.plot_accuracy(hours, accuracy, images / "headline-accuracy.png"),
@@ -102,7 +102,3 @@ def _rows(epochs: Sequence[Mapping[str, Any]], hours: np.ndarray) -> list[list[A
         ]
         for i in shown
     ]
-
-
-def _text(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)

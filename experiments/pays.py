@@ -22,7 +22,7 @@ from typing import Any
 
 from absl import app, flags
 
-from experiments._flags import are_whole
+from experiments._flags import SCORES, are_whole
 from experiments._messages import in_words, quiet_logs
 from experiments.cells import ARMS, Cell, in_fresh_process, load, run_cell
 
@@ -54,7 +54,7 @@ flags.DEFINE_enum(
     "curvature", "sampled", ("auto", "exact", "sampled", "empirical"), "Curvature of the estimates."
 )
 flags.DEFINE_enum(
-    "score", "raw", ("auto", "raw", "marginal", "worth"), "What the oracle goes by."
+    "score", "raw", SCORES, "What the oracle goes by."
 )  # of the committed cells, not the oracle's default
 flags.DEFINE_integer("batch_size", 128, "Images per training step.", lower_bound=1)
 flags.DEFINE_float("learning_rate", 3e-3, "Learning rate at the start.", lower_bound=1e-9)

@@ -17,10 +17,14 @@ import numpy as np
 
 from experiments import comparison_figures as figures
 from experiments import tables
+from experiments._flags import as_text
+from experiments.comparison_figures import OURS, place_of, places_of
 from experiments.contest import CLAIMS, FROM_SCRATCH, GROWN, PARAMS, TEMPLATE
 
-OURS = "gauss_newton"
 CELL = ("dataset", "model", "budget_in", "budget", "method", "seed", "claim")
+PLACE = CELL[:4]
+"""What a table is of."""
+
 FIGURES = (
     "test_accuracy", "test_loss", "val_accuracy", "params", "flops", "training_flops", "seconds",
     "growth_seconds", "peak_gb", "newborn_alive", "epochs", "widths", "settings",
@@ -55,7 +59,7 @@ def collect(folder: str | Path) -> Results:
         found = {"budget_in": PARAMS, **json.loads(path.read_text())}
         cell = {name: found[name] for name in CELL}
         widths = " ".join(f"{name}={units}" for name, units in found["widths"].items())
-        told = {**found, "widths": widths, "settings": _flags(found["settings"])}
+        told = {**found, "widths": widths, "settings": as_text(found["settings"])}
         cells.append({**cell, **{name: told[name] for name in FIGURES}})
         by_epoch = found["by_epoch"]
         columns = (
@@ -68,16 +72,6 @@ def collect(folder: str | Path) -> Results:
     order = {claim: number for number, claim in enumerate(CLAIMS)}
     cells.sort(key=lambda row: (*(row[n] for n in CELL[:5]), order[row["claim"]], row["seed"]))
     return Results(cells, curves)
-
-
-def _flags(settings: Mapping[str, Any]) -> str:
-    """Settings as flags; what is not set is left out."""
-    texts = {
-        name: ",".join(map(str, value)) if isinstance(value, list) else str(value)
-        for name, value in sorted(settings.items())
-        if value is not None
-    }
-    return " ".join(f"--{name}={text}" for name, text in texts.items())
 
 
 def write(
@@ -121,8 +115,8 @@ def show(results: Results) -> None:
 
 def sections(results: Results) -> Iterable[tuple[str, tuple[str, ...], list[list[Any]]]]:
     """Title, columns and rows of every table."""
-    for place in _places(results.cells):
-        mine = [row for row in results.cells if _place(row) == place]
+    for place in places_of(results.cells, PLACE):
+        mine = [row for row in results.cells if place_of(row, PLACE) == place]
         dataset, model, budget_in, budget = place
         where = f"{dataset}, {model}, at most {budget:,} {figures.UNITS[budget_in]}"
         for claim in (FROM_SCRATCH, GROWN):
@@ -307,14 +301,6 @@ def draw(results: Results, folder: Path) -> list[Path]:
         make(results.curves if name == "compare-flops.png" else results.cells, folder / name)
         for name, make in makers.items()
     ]
-
-
-def _places(rows: Sequence[Row]) -> list[tuple[Any, ...]]:
-    return sorted({_place(row) for row in rows}, key=lambda place: (place[2] != PARAMS, place))
-
-
-def _place(row: Row) -> tuple[Any, ...]:
-    return tuple(row[name] for name in ("dataset", "model", "budget_in", "budget"))
 
 
 def _over(rows: Sequence[Row], name: str, digits: int, scale: float = 1.0, unit: str = "") -> str:

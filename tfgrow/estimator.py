@@ -22,7 +22,7 @@ from tfgrow.graph.nodes import Graph, trace
 from tfgrow.graph.sites import sites_of
 from tfgrow.graph.versions import version_of
 from tfgrow.morphisms.base import Candidate
-from tfgrow.morphisms.registry import get, group_candidates, removals
+from tfgrow.morphisms.registry import at_lengths, group_candidates, removals
 from tfgrow.morphisms.retrain import retraining
 from tfgrow.passes import Parameters, Passes, new_adam, tensors
 from tfgrow.types import Interaction
@@ -181,10 +181,7 @@ class GaussNewtonEstimator:
         interaction, before = self._interaction(learned, judged_on)
         lengths = interaction.best_lengths()
         for alpha in SETTLING_ALPHAS:
-            moved = [
-                get(one.morphism).scaled(one, alpha * length)
-                for one, length in zip(learned, lengths, strict=True)
-            ]
+            moved = at_lengths(learned, alpha * lengths)
             groups, _ = self._group(moved)
             self._passes.settle(groups, [group.theta for group in groups])
             change = self.loss(judged_on) - before

@@ -150,6 +150,15 @@ def _made(
     ]
 
 
+def at_lengths(candidates: Sequence[Candidate], lengths: Iterable[float]) -> list[Candidate]:
+    """Candidates, each scaled; what can only be applied as a whole is left out at less than 1."""
+    scaled = [
+        get(candidate.morphism).scaled(candidate, float(length))
+        for candidate, length in zip(candidates, lengths, strict=True)
+    ]
+    return [one for one in scaled if one is not None]
+
+
 def joint_cost(costs: CostModel, chosen: Iterable[Candidate]) -> Cost:
     """What a set of candidates costs together: edits of neighbouring layers multiply."""
     chosen = list(chosen)

@@ -22,6 +22,7 @@ from tfgrow.graph.sites import Site, sites_of
 from tfgrow.morphisms.base import Candidate
 from tfgrow.morphisms.registry import (
     apart,
+    at_lengths,
     edits_of_sites,
     get,
     joint_cost,
@@ -365,11 +366,7 @@ def _parted(batches: Sequence) -> tuple[Sequence, Sequence]:
 def _at_lengths(chosen: Sequence[Candidate], interaction: Interaction) -> tuple[Candidate, ...]:
     """Candidates at the lengths that are best together."""
     lengths = interaction.best_lengths(least=_least_lengths(chosen), most=1.0)
-    scaled = [
-        get(candidate.morphism).scaled(candidate, float(length))
-        for candidate, length in zip(chosen, lengths, strict=True)
-    ]
-    return tuple(one for one in scaled if one is not None)
+    return tuple(at_lengths(chosen, lengths))
 
 
 class _Clock:
