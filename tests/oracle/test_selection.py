@@ -504,19 +504,21 @@ def test_a_removal_for_its_own_sake_does_not_hide_what_only_a_new_unit_brings():
     assert found.estimated_change == pytest.approx(-0.99)
 
 
-def test_an_exchange_is_worth_more_than_a_small_gain_that_fits():
-    """One more unit at `a` doesn't fit, one at `c` does, for a hundredth of the gain."""
-    groups = [Group("a"), Group("b", 0, units=-1), Group("c")]
+@pytest.mark.parametrize(
+    ("small", "exponent", "first"),
+    [(-0.01, 1.0, [0, 1]), (-0.9, 1.0, [2]), (-0.8, 1.0, [2]), (-0.8, 0.0, [0, 1])],
+)
+def test_an_exchange_is_weighed_against_what_fits(small, exponent, first):
+    """One more unit at `a` doesn't fit, one at `c` does, for less gain and a sixth less cost."""
     costs = (60, -60, 50)
-    for small, first in ((-0.01, [0, 1]), (-0.9, [2])):
-        found = select(
-            Interaction(np.array([-1.0, 0.1, small]), np.zeros((3, 3))),
-            groups=groups,
-            widths={"a": 4, "b": 4, "c": 4},
-            cost_of=lambda chosen: Cost(params=sum(costs[i] for i in chosen)),
-            limits=Limits(params=55),
-        )
-        assert list(found.indices[: len(first)]) == first
+    found = select(
+        Interaction(np.array([-1.0, 0.1, small]), np.zeros((3, 3))),
+        groups=[Group("a"), Group("b", 0, units=-1), Group("c")],
+        widths={"a": 4, "b": 4, "c": 4},
+        cost_of=lambda chosen: Cost(params=sum(costs[i] for i in chosen)),
+        limits=Limits(params=55, cost_exponent=exponent),
+    )
+    assert list(found.indices[: len(first)]) == first
 
 
 def test_a_site_keeps_its_last_unit():

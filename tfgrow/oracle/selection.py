@@ -14,6 +14,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -221,6 +222,20 @@ class _Options:
     edits: np.ndarray
 
 
+class _Pick(NamedTuple):
+    """What could be picked next.
+
+    Attributes:
+      bundle: its candidates.
+      rate: its gain per cost to the power that gains are compared by.
+      per_cost: its gain per cost.
+    """
+
+    bundle: tuple[int, ...]
+    rate: float
+    per_cost: float
+
+
 class _Search:
     """The running state of one greedy selection."""
 
@@ -259,14 +274,13 @@ class _Search:
         fits = self._fits(options)
         affordable = lowering & np.logical_and.reduce(list(fits.values()))
         removing = np.array([bool(self.removes[bundle[0]]) for bundle in options.members])
-        bundle, ratio = self._best(options, affordable & ~removing)
-        exchange = self._exchange(options, lowering & ~affordable & ~removing, ratio)
-        bundle, ratio = exchange or (bundle, ratio)
-        too_little = bundle is not None and ratio < self.limits.min_gain_per_param
-        if bundle is None or too_little:
-            bundle, _ = self._best(options, affordable & removing)
-        if bundle is not None:
-            self._take(bundle)
+        pick = self._best(options, affordable & ~removing)
+        pick = self._exchange(options, lowering & ~affordable & ~removing, pick) or pick
+        too_little = pick is not None and pick.per_cost < self.limits.min_gain_per_param
+        if pick is None or too_little:
+            pick = self._best(options, affordable & removing)
+        if pick is not None:
+            self._take(pick.bundle)
             return None
         if too_little:
             unit = "parameter" if self.limits.unit == "params" else "FLOP"
@@ -358,18 +372,16 @@ class _Search:
         powered = np.maximum(cost, 1.0) ** power
         return np.divide(-options.change, powered, out=infinite, where=cost > 0)
 
-    def _best(self, options: _Options, among: np.ndarray) -> tuple[tuple[int, ...] | None, float]:
-        """The option with the largest gain per (powered) cost, then gain, and its gain per cost."""
+    def _best(self, options: _Options, among: np.ndarray) -> _Pick | None:
+        """The option with the largest rate, then gain."""
         if not among.any():
-            return None, -math.inf
-        ratio = np.where(among, self._ratios(options, self.limits.cost_exponent), -np.inf)
+            return None
+        rates = np.where(among, self._ratios(options, self.limits.cost_exponent), -np.inf)
         first = np.array([self.priority[bundle[0]] for bundle in options.members])
-        best = int(np.lexsort((first, options.change, -ratio))[0])
-        return options.members[best], float(self._ratios(options)[best])
+        best = int(np.lexsort((first, options.change, -rates))[0])
+        return _Pick(options.members[best], float(rates[best]), float(self._ratios(options)[best]))
 
-    def _exchange(
-        self, options: _Options, wanted: np.ndarray, least: float
-    ) -> tuple[tuple[int, ...], float] | None:
+    def _exchange(self, options: _Options, wanted: np.ndarray, least: _Pick | None) -> _Pick | None:
         """The best of what doesn't fit, together with the removals that make room for it.
 
         What all of them gain together counts per cost of what is wanted, for that is the room it
@@ -378,22 +390,28 @@ class _Search:
         Args:
           options: what could be picked.
           wanted: which of them are worth a try, `[m]`.
-          least: gain per cost that has to be exceeded.
+          least: has to be exceeded in rate.
 
         Returns:
-          The bundle and its gain per cost; None if nothing does better than `least`.
+          None if nothing does better than `least`.
         """
         if not self.removes.any():
             return None
         best = None
         cost = np.maximum(getattr(options, self.limits.unit), 1)
+        powered = cost**self.limits.cost_exponent
         rows = np.flatnonzero(wanted)
-        for row in rows[np.argsort(options.change[rows] / cost[rows], kind="stable")][:EXCHANGES]:
+        for row in rows[np.argsort(options.change[rows] / powered[rows], kind="stable")][
+            :EXCHANGES
+        ]:
             change = float(options.change[row])
             found = self._make_room(options.members[row], change, -float(self.negligible))
-            if found is not None and -found[1] / cost[row] > least:
-                least = float(-found[1] / cost[row])
-                best = found[0], least
+            if found is None:
+                continue
+            bundle, change = found
+            pick = _Pick(bundle, -change / powered[row], -change / cost[row])
+            if least is None or pick.rate > least.rate:
+                best = least = pick
         return best
 
     def _make_room(
