@@ -472,6 +472,19 @@ def test_limits(fields, arguments, expected):
     assert (limits.min_gain_per_param, limits.round_to) == (1e-6, 4)
 
 
+@pytest.mark.parametrize(
+    ("fields", "prices"),
+    [
+        ({}, None),
+        ({"max_params": 150}, None),
+        ({"max_flops": 1000, "growth_per_step": 0.25}, (0.0, 1.0)),  # a step is no budget
+        ({"max_flops": 1000, "max_params": 400}, None),
+    ],
+)
+def test_what_counts_is_the_budget(fields, prices):
+    assert Scripted(**fields).limits(100, 400).prices == prices
+
+
 def test_limits_ask_for_flops():
     with pytest.raises(ValueError, match="max_flops=10 needs"):
         Scripted(max_flops=10).limits(100)

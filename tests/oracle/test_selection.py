@@ -294,6 +294,39 @@ def test_flops_rank_when_only_they_are_limited():
     assert first(flops=1000) == (1,)
 
 
+def test_two_budgets_count_by_their_prices():
+    """Where a FLOP is dear the layer with fewer goes first, whatever its parameters."""
+    case = flat_case([-1.0, -1.0], ["a", "b"])
+    costs = [Cost(10, 100), Cost(40, 10)]
+
+    def first(per_flop, exponent=1.0):
+        limits = Limits(
+            edits=1, params=50, flops=110, prices=(1.0, per_flop), cost_exponent=exponent
+        )
+        cost_of = lambda chosen: Cost(  # noqa: E731
+            sum(costs[i].params for i in chosen), sum(costs[i].flops for i in chosen)
+        )
+        arguments = {"groups": case.groups, "widths": case.widths, "cost_of": cost_of}
+        return select(case.interaction, limits=limits, **arguments).indices
+
+    assert first(0.1) == (0,)  # 20 and 41
+    assert first(1.0) == first(1.0, exponent=0.5) == (1,)  # 110 and 50
+
+
+@pytest.mark.parametrize(
+    ("fields", "unit"),
+    [
+        ({}, "params"),
+        ({"flops": 1}, "flops"),
+        ({"flops": 1, "params": 1}, "params"),
+        ({"flops": 1, "params": 1, "prices": (0.0, 1.0)}, "flops"),
+        ({"flops": 1, "params": 1, "prices": (1.0, 2.0)}, "params"),
+    ],
+)
+def test_what_the_least_gain_is_per(fields, unit):
+    assert Limits(**fields).unit == unit
+
+
 def test_round_to_fills_whole_bundles():
     """5 -> 8 needs three units, then four more at a time; five candidates allow one bundle."""
     case = flat_case([-1.0, -5.0, -3.0, -4.0, -2.0], width=5)

@@ -1,5 +1,7 @@
 """Units go where those that are there are worth most for what they cost."""
 
+import dataclasses
+
 import keras
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from tfgrow.graph.nodes import trace
 from tfgrow.graph.sites import sites_of
 from tfgrow.morphisms.registry import get, several
 from tfgrow.oracle.selection import Limits
-from tfgrow.oracle.worth import RETURNS, allocate, most_units, pick
+from tfgrow.oracle.worth import RETURNS, allocate, most_units, pick, with_prices
 from tfgrow.types import Interaction
 
 
@@ -84,6 +86,45 @@ def test_wide_sites_grow_by_several_units_at_a_time_and_fill_the_budget():
     assert len(asked) < 2 * 40, "one by one it would be 160"
     odd, _ = allocate(worth, sites, costs, Limits(edits=40, round_to=8), most)
     assert odd == {"d1": 40}
+
+
+def convolutions():
+    """Two of high resolution, whose units cost FLOPs, and two of low."""
+    keras.utils.set_random_seed(0)
+    layers = [keras.Input((16, 16, 3))]
+    for number, units in enumerate((4, 4, 8, 8)):
+        layers.append(keras.layers.Conv2D(units, 3, padding="same", name=f"c{number}"))
+        if number == 1:
+            layers.append(keras.layers.MaxPooling2D(4))
+    end = [keras.layers.GlobalMaxPooling2D(), keras.layers.Dense(3)]
+    return tfgrow.convert(keras.Sequential([*layers, *end]))
+
+
+@pytest.mark.parametrize("exponent", [0.5, 1.0])
+@pytest.mark.parametrize("flops", [200_000, 500_000, 600_000, 10**9])
+def test_two_budgets_are_spent_together(flops, exponent):
+    """FLOPs cost nothing where there are enough, and as much as needed where there are not."""
+    sites, costs = parts_of(convolutions())
+    worth = dict.fromkeys([site.name for site in sites], 1.0)
+    left = Limits(params=6000, flops=flops)
+    limits = Limits(params=1000, flops=flops, step=True, cost_exponent=exponent)
+    priced = with_prices(worth, sites, costs, limits, left)
+    assert dataclasses.replace(priced, prices=None) == limits
+
+    def spent(limits):
+        both = dataclasses.replace(limits, params=left.params, flops=left.flops)
+        cost = costs.extra(allocate(worth, sites, costs, both, dict.fromkeys(worth, np.inf))[0])
+        return cost.params / left.params, cost.flops / left.flops
+
+    if flops == 10**9:
+        assert priced.prices is None
+    elif flops == 200_000:  # not even the cheapest units are cheap enough
+        assert priced.prices == (0.0, 1.0)
+        assert spent(priced)[0] > spent(limits)[0]
+        assert spent(priced)[1] > 0.95
+    else:
+        assert spent(priced)[0] > 0.95 > spent(limits)[0]
+        assert spent(priced)[1] > 0.9
 
 
 def test_returns_diminish():

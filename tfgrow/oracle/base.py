@@ -62,11 +62,12 @@ class GrowthOracle(keras_tuner.Oracle, abc.ABC):
       objective: name of the metric that ranks the trials, a `keras_tuner.Objective`, or a list.
       max_trials: most growth steps; None is unlimited.
       max_params: most parameters (`model.count_params()`) the grown model may have.
-      max_flops: most inference FLOPs per sample it may need.
+      max_flops: most inference FLOPs per sample it may need. Gains are compared per FLOP if this
+        is the only budget, else per parameter.
       growth_per_step: a whole number is the most edits of one step; a fraction such as 0.25 is the
         most parameters one step may add, relative to the parameters before it.
       min_gain_per_param: a step stops choosing where the marginal gain (loss per sample) per
-        parameter falls under this.
+        parameter (per FLOP if only those have a budget) falls under this.
       round_to: widths of the sites that grow are brought to multiples of this.
       include: site names, or regular expressions matching whole names, that may grow; None is all.
       exclude: the same, for what may not.
@@ -336,6 +337,8 @@ class GrowthOracle(keras_tuner.Oracle, abc.ABC):
             params=None if min(left, share) == math.inf else int(min(left, share)),
             step=share < left,
             flops=None if self.max_flops is None else max(0, self.max_flops - int(flops or 0)),
+            # that a step may only spend so many parameters does not make them a budget
+            prices=(0.0, 1.0) if self.max_params is None and self.max_flops is not None else None,
             edits=self.growth_per_step if isinstance(self.growth_per_step, int) else None,
         )
 

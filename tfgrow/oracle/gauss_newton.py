@@ -33,7 +33,7 @@ from tfgrow.morphisms.registry import (
 from tfgrow.oracle.base import GrowthOracle
 from tfgrow.oracle.data import GrowthData, check_size, split_data
 from tfgrow.oracle.selection import Group, Limits, exclusion_ids, select
-from tfgrow.oracle.worth import allocate, most_units, pick, worth_by_site
+from tfgrow.oracle.worth import allocate, most_units, pick, with_prices, worth_by_site
 from tfgrow.types import Cost, Interaction, Plan
 
 SCORES = ("auto", "raw", "marginal", "worth")
@@ -72,7 +72,8 @@ class GaussNewtonOracle(GrowthOracle):
       learning_rate: of theta, see `GaussNewtonEstimator.learn`.
       score: `"worth"` adds units where those that are there are worth most for what they cost,
         whatever new ones change at once (see `GaussNewtonEstimator.worth`); no site more than
-        doubles then, and `min_gain_per_param` is what a unit must be worth. `"raw"` goes by what an
+        doubles then, and `min_gain_per_param` is what a unit must be worth. Of two budgets FLOPs
+        count so much that both are spent. `"raw"` goes by what an
         edit would do to the loss now; `"marginal"` by what it would do beyond what training the
         weights that are there would bring anyway (see `GaussNewtonEstimator.settle`; cf.
         Verbockhaven et al. 2024), and applies what is chosen at the lengths that are best together
@@ -255,7 +256,9 @@ class GaussNewtonOracle(GrowthOracle):
             site.name: most_units(site, self.morphisms, self.new_units, step.limits.round_to or 1)
             for site in step.sites
         }
-        wanted, reason = allocate(worth, step.sites, step.costs, step.limits, most)
+        left = self._budget_left(step.model, step.costs)
+        limits = with_prices(worth, step.sites, step.costs, step.limits, left)
+        wanted, reason = allocate(worth, step.sites, step.costs, limits, most)
         clock.lap("worth")
         if not wanted:
             return _plan((), 0.0, step, reason)
@@ -321,14 +324,17 @@ class GaussNewtonOracle(GrowthOracle):
         graph = trace(model)
         sites = self.open_sites(sites_of(model, graph))
         costs = CostModel(graph, sites)
-        left = Limits(
-            params=_left(self.max_params, model.count_params()),
-            flops=_left(self.max_flops, costs.base.flops),
-        )
+        left = self._budget_left(model, costs)
         smallest = self._smallest(sites, costs)
         if any(left.allow(cost) for cost in smallest):
             return None
         return f"budget reached: {_why_none(smallest, left)}"
+
+    def _budget_left(self, model: keras.Model, costs: CostModel) -> Limits:
+        return Limits(
+            params=_left(self.max_params, model.count_params()),
+            flops=_left(self.max_flops, costs.base.flops),
+        )
 
     def open_sites(self, sites: Sequence[Site]) -> list[Site]:
         """The sites at which one of the oracle's kinds of edits is possible."""

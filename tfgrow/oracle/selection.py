@@ -14,7 +14,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -59,9 +59,11 @@ class Limits:
       flops: most inference FLOPs per sample it may add; None is unlimited.
       edits: most candidates it may choose; None is unlimited.
       min_gain_per_param: choosing stops where the marginal gain (loss per sample) per parameter
-        (per FLOP when only `flops` is limited) falls under this.
+        (per FLOP where only those count, see `prices`) falls under this.
       step: whether it is the share of one step, not the whole budget, that bounds `params`.
       round_to: the final width of every site it touches is a multiple of this; None or 1 is free.
+      prices: what a parameter and a FLOP count when gains are compared; by default only parameters
+        count, or only FLOPs if only those are limited.
       cost_exponent: gains are compared per cost to the power of this: 1 is gain per parameter, 0
         counts gains as they are. Returns diminish: of what a step may spend, a site whose units
         cost a tenth would get ten times as many, and they bring less than ten times as much.
@@ -73,6 +75,7 @@ class Limits:
     min_gain_per_param: float = 0.0
     round_to: int | None = None
     step: bool = False
+    prices: tuple[float, float] | None = None
     cost_exponent: float = 1.0
 
     def __post_init__(self) -> None:
@@ -110,10 +113,25 @@ class Limits:
         }
         return " and ".join(words[name] for name in names)
 
+    def price(self, params: Any, flops: Any) -> Any:
+        """What gains are divided by when they are compared, of numbers or arrays."""
+        of_param, of_flop = self._prices
+        return of_param * params + of_flop * flops
+
     @property
     def unit(self) -> str:
-        """What gains are divided by: `"params"`, or `"flops"` if only those are limited."""
-        return "flops" if self.params is None and self.flops is not None else "params"
+        """What `min_gain_per_param` is per: `"params"`, or `"flops"` if only those count."""
+        return "params" if self._prices[0] else "flops"
+
+    @property
+    def unit_name(self) -> str:
+        """One of them, in words."""
+        return "parameter" if self.unit == "params" else "FLOP"
+
+    @property
+    def _prices(self) -> tuple[float, float]:
+        only_flops = self.params is None and self.flops is not None
+        return self.prices or ((0.0, 1.0) if only_flops else (1.0, 0.0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -283,8 +301,10 @@ class _Search:
             self._take(pick.bundle)
             return None
         if too_little:
-            unit = "parameter" if self.limits.unit == "params" else "FLOP"
-            return f"marginal gain per {unit} fell under {self.limits.min_gain_per_param:g}"
+            return (
+                f"marginal gain per {self.limits.unit_name} fell under "
+                f"{self.limits.min_gain_per_param:g}"
+            )
         return self._why_nothing_fits({name: ok[lowering] for name, ok in fits.items()})
 
     def _options(self) -> _Options:
@@ -365,21 +385,27 @@ class _Search:
             fits[name] = (extra <= 0) | (used + extra <= (math.inf if limit is None else limit))
         return fits
 
-    def _ratios(self, options: _Options, power: float = 1.0) -> np.ndarray:
-        """Gain per unit of cost to a power; infinite for what costs nothing."""
-        cost = np.asarray(getattr(options, self.limits.unit), dtype=np.float64)
-        infinite = np.full(len(cost), np.inf)
-        powered = np.maximum(cost, 1.0) ** power
-        return np.divide(-options.change, powered, out=infinite, where=cost > 0)
+    def _rates(
+        self, options: _Options, change: np.ndarray | float | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Gains per powered price and per cost, `[m]`; infinite for what costs nothing."""
+        change = options.change if change is None else change
+        price = self.limits.price(options.params, options.flops)
+        cost = getattr(options, self.limits.unit)
+        powered = np.maximum(price, 1.0) ** self.limits.cost_exponent
+        return (
+            np.where(price > 0, -change / powered, np.inf),
+            np.where(cost > 0, -change / np.maximum(cost, 1.0), np.inf),
+        )
 
     def _best(self, options: _Options, among: np.ndarray) -> _Pick | None:
         """The option with the largest rate, then gain."""
         if not among.any():
             return None
-        rates = np.where(among, self._ratios(options, self.limits.cost_exponent), -np.inf)
+        rates, per_cost = self._rates(options)
         first = np.array([self.priority[bundle[0]] for bundle in options.members])
-        best = int(np.lexsort((first, options.change, -rates))[0])
-        return _Pick(options.members[best], float(rates[best]), float(self._ratios(options)[best]))
+        best = int(np.lexsort((first, options.change, -np.where(among, rates, -np.inf)))[0])
+        return _Pick(options.members[best], float(rates[best]), float(per_cost[best]))
 
     def _exchange(self, options: _Options, wanted: np.ndarray, least: _Pick | None) -> _Pick | None:
         """The best of what doesn't fit, together with the removals that make room for it.
@@ -398,18 +424,15 @@ class _Search:
         if not self.removes.any():
             return None
         best = None
-        cost = np.maximum(getattr(options, self.limits.unit), 1)
-        powered = cost**self.limits.cost_exponent
+        rates, _ = self._rates(options)
         rows = np.flatnonzero(wanted)
-        for row in rows[np.argsort(options.change[rows] / powered[rows], kind="stable")][
-            :EXCHANGES
-        ]:
+        for row in rows[np.argsort(-rates[rows], kind="stable")][:EXCHANGES]:
             change = float(options.change[row])
             found = self._make_room(options.members[row], change, -float(self.negligible))
             if found is None:
                 continue
             bundle, change = found
-            pick = _Pick(bundle, -change / powered[row], -change / cost[row])
+            pick = _Pick(bundle, *(float(rate[row]) for rate in self._rates(options, change)))
             if least is None or pick.rate > least.rate:
                 best = least = pick
         return best
@@ -429,7 +452,7 @@ class _Search:
             if not len(pool) or change >= least:
                 return None
             params, flops = self._marginal_costs([(int(i),) for i in pool], bundle).T
-            freed = -(flops if self.limits.unit == "flops" else params)
+            freed = -self.limits.price(params, flops)
             price = (slope + alone)[pool] / np.maximum(freed, 1)
             pick = int(pool[np.lexsort((self.priority[pool], price))[0]])
             change += float(slope[pick] + alone[pick])

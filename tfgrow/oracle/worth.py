@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -43,6 +44,10 @@ AT_ONCE = 1 / 32
 
 STUDIED = 128
 """Units of a site that are looked at, at most: time and memory go with their number."""
+
+PRICE_RANGE, PRICE_ACCURACY = 1e3, 1.1
+"""How far the price of FLOPs may be from what is left of both budgets, and to what factor it is
+found."""
 
 LEAST_WORTH = 1e-12
 """Units go where they are cheapest then, unless there is a threshold."""
@@ -97,12 +102,13 @@ def allocate(
     extra, in_the_way = dict.fromkeys(worth, 0), dict[str, None]()
 
     def next_of(name: str) -> _Offer | None:
-        spent = getattr(costs.extra(extra), limits.unit)
+        spent = costs.extra(extra)
         for more in _steps(now[name] + extra[name], limits.round_to or 1):
             wider = {**extra, name: extra[name] + more}
             gain = worth[name] * _returns(now[name], extra[name], wider[name])
             cost = costs.extra(wider)
-            offer = _Offer(name, more, gain, getattr(cost, limits.unit) - spent, wider, cost)
+            price = Cost(cost.params - spent.params, cost.flops - spent.flops)
+            offer = _Offer(name, more, gain, price, wider, cost)
             reasons = offer.reasons(limits, most[name])
             if not reasons:
                 return offer
@@ -117,11 +123,52 @@ def allocate(
         offer = next_of(name)
         if offer is None:
             continue
-        entry = (-offer.rate(limits.cost_exponent), place, name)
+        entry = (-offer.rate(limits), place, name)
         heapq.heappush(waiting, entry)
         if waiting[0] == entry:
             extra = offer.extra
     return {name: count for name, count in extra.items() if count}, "; ".join(in_the_way)
+
+
+def with_prices(
+    worth: Mapping[str, float],
+    sites: Sequence[Site],
+    costs: CostModel,
+    limits: Limits,
+    left: Limits,
+) -> Limits:
+    """`limits` with the price of FLOPs at which two budgets are spent together.
+
+    It is the least at which all parameters that are left could be spent within the FLOPs that are
+    left: nothing, where FLOPs are no bound. Where it can't be done only FLOPs count.
+
+    Args:
+      worth: of a unit, by site.
+      sites: the sites.
+      costs: what units cost.
+      limits: of a step.
+      left: of both budgets.
+    """
+    if left.params is None or left.flops is None or not limits.cost_exponent:
+        return limits
+    unbounded = dict.fromkeys(worth, np.inf)
+    params_only = dataclasses.replace(limits, params=left.params, flops=None, edits=None)
+
+    def suffice(prices: tuple[float, float]) -> bool:
+        one = dataclasses.replace(params_only, prices=prices)
+        wanted, _ = allocate(worth, sites, costs, one, unbounded)
+        return costs.extra(wanted).flops <= left.flops
+
+    if suffice((1.0, 0.0)):
+        return limits
+    even = max(left.params, 1) / max(left.flops, 1)
+    too_low, enough = even / PRICE_RANGE, even * PRICE_RANGE
+    if not suffice((1.0, enough)):
+        return dataclasses.replace(limits, prices=(0.0, 1.0))
+    while enough > PRICE_ACCURACY * too_low:
+        middle = math.sqrt(too_low * enough)
+        too_low, enough = (too_low, middle) if suffice((1.0, middle)) else (middle, enough)
+    return dataclasses.replace(limits, prices=(1.0, enough))
 
 
 def _steps(units: int, multiple: int) -> list[int]:
@@ -144,7 +191,7 @@ class _Offer:
       site: its name.
       units: how many.
       gain: what they are worth together.
-      price: what they cost beside those before, of what is limited.
+      price: what they cost beside those before.
       extra: all units that would then be added, by site.
       cost: of all of them.
     """
@@ -152,13 +199,14 @@ class _Offer:
     site: str
     units: int
     gain: float
-    price: int
+    price: Cost
     extra: dict[str, int]
     cost: Cost
 
-    def rate(self, exponent: float = 1.0) -> float:
-        """Worth of one of them, on average, for what it costs to a power."""
-        return self.gain / self.units / (max(1, self.price) / self.units) ** exponent
+    def rate(self, limits: Limits) -> float:
+        """Worth of one of them, on average, for its price to a power."""
+        price = max(1, limits.price(self.price.params, self.price.flops))
+        return self.gain / self.units / (price / self.units) ** limits.cost_exponent
 
     def reasons(self, limits: Limits, most: float) -> list[str]:
         """Why it can't be taken."""
@@ -166,9 +214,9 @@ class _Offer:
         found = [limits.said([name]) for name in exceeded]
         if self.extra[self.site] > most:
             found.append("a site at most doubles in one step")
-        if self.rate() < limits.min_gain_per_param:
-            unit = "parameter" if limits.unit == "params" else "FLOP"
-            found.append(f"worth per {unit} fell under {limits.min_gain_per_param:g}")
+        if self.gain / max(1, getattr(self.price, limits.unit)) < limits.min_gain_per_param:
+            least = f"{limits.min_gain_per_param:g}"
+            found.append(f"worth per {limits.unit_name} fell under {least}")
         return found
 
 
