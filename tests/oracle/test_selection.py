@@ -313,6 +313,25 @@ def test_two_budgets_count_by_their_prices():
     assert first(1.0) == first(1.0, exponent=0.5) == (1,)  # 110 and 50
 
 
+def test_what_uses_up_a_step_is_not_free():
+    """FLOPs are what gains are per; one edit needs none of them, and the other is better by far."""
+    case = flat_case([-2e-3, -1.0], ["a", "b"])
+    costs = [Cost(50, 0), Cost(50, 100)]
+
+    def chosen(**fields):
+        arguments = {
+            "groups": case.groups,
+            "widths": case.widths,
+            "cost_of": lambda chosen: Cost(
+                sum(costs[i].params for i in chosen), sum(costs[i].flops for i in chosen)
+            ),
+        }
+        return select(case.interaction, limits=Limits(**fields), **arguments).indices
+
+    assert chosen(params=50, flops=100, prices=(0.0, 1.0)) == (1,)
+    assert chosen(flops=100) == (0, 1)
+
+
 @pytest.mark.parametrize(
     ("fields", "unit"),
     [
@@ -449,6 +468,9 @@ def test_refuses(change, named):
     [
         {"params": -1},
         {"flops": 1.5},
+        {"prices": (0.0, 0.0)},
+        {"prices": (1.0, -1.0)},
+        {"prices": (1.0, math.nan)},
         {"edits": True},
         {"round_to": 0},
         {"min_gain_per_param": -1.0},
@@ -552,6 +574,25 @@ def test_an_exchange_is_weighed_against_what_fits(small, exponent, first):
         limits=Limits(params=55, cost_exponent=exponent),
     )
     assert list(found.indices[: len(first)]) == first
+
+
+def test_removals_make_room_of_what_there_is_too_little_of():
+    """FLOPs are what gains are per, but it is parameters that the step has too few of."""
+    costs = [Cost(100, 10), Cost(-1, -1000), Cost(-1, -1000), Cost(-100, -1)]
+    found = select(
+        Interaction(np.array([-1.0, 0.01, 0.01, 0.1]), np.zeros((4, 4))),
+        groups=[Group("a"), *(Group("b", unit, units=-1) for unit in range(3))],
+        widths={"a": 4, "b": 9},
+        cost_of=lambda chosen: Cost(
+            sum(costs[i].params for i in chosen), sum(costs[i].flops for i in chosen)
+        ),
+        limits=Limits(params=0, flops=100, prices=(0.0, 1.0)),
+    )
+    assert found.indices == (0, 3)
+
+
+def test_no_removal_makes_room_for_one_edit_more():
+    assert exchange_case([0.1, 0.1]).select(params=10**6, edits=0).indices == ()
 
 
 def test_a_site_keeps_its_last_unit():

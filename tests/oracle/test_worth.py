@@ -14,7 +14,7 @@ from tfgrow.graph.nodes import trace
 from tfgrow.graph.sites import sites_of
 from tfgrow.morphisms.registry import get, several
 from tfgrow.oracle.selection import Limits
-from tfgrow.oracle.worth import RETURNS, allocate, most_units, pick, with_prices
+from tfgrow.oracle.worth import PRICE_RANGE, RETURNS, allocate, most_units, pick, with_prices
 from tfgrow.types import Interaction
 
 
@@ -108,7 +108,7 @@ def test_two_budgets_are_spent_together(flops, exponent):
     worth = dict.fromkeys([site.name for site in sites], 1.0)
     left = Limits(params=6000, flops=flops)
     limits = Limits(params=1000, flops=flops, step=True, cost_exponent=exponent)
-    priced = with_prices(worth, sites, costs, limits, left)
+    priced = with_prices(worth, sites, costs, limits, left, dict.fromkeys(worth, 1))
     assert dataclasses.replace(priced, prices=None) == limits
 
     def spent(limits):
@@ -119,12 +119,39 @@ def test_two_budgets_are_spent_together(flops, exponent):
     if flops == 10**9:
         assert priced.prices is None
     elif flops == 200_000:  # not even the cheapest units are cheap enough
-        assert priced.prices == (0.0, 1.0)
-        assert spent(priced)[0] > spent(limits)[0]
+        assert priced.prices == (1.0, PRICE_RANGE * 6000 / flops)
+        assert spent(priced)[0] > 2 * spent(limits)[0]
         assert spent(priced)[1] > 0.95
     else:
+        assert priced.unit == "params"
         assert spent(priced)[0] > 0.95 > spent(limits)[0]
         assert spent(priced)[1] > 0.9
+
+
+def test_in_the_last_step_it_counts_what_sites_can_take():
+    sites, costs = parts_of(convolutions())
+    worth = {"c0": 3.0, "c1": 3.0, "c2": 1.0, "c3": 1.0}
+    most = dict.fromkeys(worth, 12)
+    last = Limits(params=5000, flops=400_000)
+    one_of_many = dataclasses.replace(last, params=500, step=True)
+    priced = [with_prices(worth, sites, costs, x, last, most) for x in (last, one_of_many)]
+    assert priced[0].prices < priced[1].prices  # many steps can spend all on the first two
+    cost = costs.extra(allocate(worth, sites, costs, priced[0], most)[0])
+    assert cost.params > 0.95 * last.params
+    assert cost.flops > 0.95 * last.flops
+
+
+def test_an_oracle_of_two_budgets_counts_flops_too():
+    model = compiled(convolutions())
+    params, flops = model.count_params() + 6000, parts_of(model)[1].base.flops + 300_000
+
+    def planned(**budget):
+        oracle = quick_oracle(score="worth", growth_per_step=0.5, **budget)
+        return oracle.propose_plan(model, arrays(model, samples=96)).cost
+
+    one, both = planned(max_params=params), planned(max_params=params, max_flops=flops)
+    assert one.params > 500 < both.params
+    assert both.flops < 0.7 * one.flops
 
 
 def test_returns_diminish():

@@ -63,7 +63,7 @@ class GrowthOracle(keras_tuner.Oracle, abc.ABC):
       max_trials: most growth steps; None is unlimited.
       max_params: most parameters (`model.count_params()`) the grown model may have.
       max_flops: most inference FLOPs per sample it may need. Gains are compared per FLOP if this
-        is the only budget, else per parameter.
+        is the only budget.
       growth_per_step: a whole number is the most edits of one step; a fraction such as 0.25 is the
         most parameters one step may add, relative to the parameters before it.
       min_gain_per_param: a step stops choosing where the marginal gain (loss per sample) per

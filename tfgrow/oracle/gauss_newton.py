@@ -72,8 +72,8 @@ class GaussNewtonOracle(GrowthOracle):
       learning_rate: of theta, see `GaussNewtonEstimator.learn`.
       score: `"worth"` adds units where those that are there are worth most for what they cost,
         whatever new ones change at once (see `GaussNewtonEstimator.worth`); no site more than
-        doubles then, and `min_gain_per_param` is what a unit must be worth. Of two budgets FLOPs
-        count so much that both are spent. `"raw"` goes by what an
+        doubles then, and `min_gain_per_param` is what a unit must be worth. With two budgets FLOPs
+        count beside parameters as far as both can be spent so. `"raw"` goes by what an
         edit would do to the loss now; `"marginal"` by what it would do beyond what training the
         weights that are there would bring anyway (see `GaussNewtonEstimator.settle`; cf.
         Verbockhaven et al. 2024), and applies what is chosen at the lengths that are best together
@@ -82,7 +82,8 @@ class GaussNewtonOracle(GrowthOracle):
         units, there is a budget (`max_params` or `max_flops`) and no `min_gain_per_param`, and else
         `"raw"`.
       cost_exponent: gains are compared per cost to the power of this, from 0 (as they are) to 1
-        (per parameter); by default 0.5 of what units are worth, else 1.
+        (per parameter, or per FLOP if `max_flops` is the only budget); by default 0.5 of what units
+        are worth, else 1.
       growth_per_step: a fraction is the most parameters one step may add, relative to those the
         model has; a whole number is the most edits.
       **kwargs: budget (`max_params`, `max_flops`, `min_gain_per_param`, `round_to`), choice of
@@ -257,7 +258,7 @@ class GaussNewtonOracle(GrowthOracle):
             for site in step.sites
         }
         left = self._budget_left(step.model, step.costs)
-        limits = with_prices(worth, step.sites, step.costs, step.limits, left)
+        limits = with_prices(worth, step.sites, step.costs, step.limits, left, most)
         wanted, reason = allocate(worth, step.sites, step.costs, limits, most)
         clock.lap("worth")
         if not wanted:

@@ -87,6 +87,11 @@ class Limits:
         power = self.cost_exponent
         if not isinstance(power, (int, float)) or not 0 <= power <= 1:
             raise ValueError(f"cost_exponent must be a number from 0 to 1. Found: {power!r}")
+        prices = (1.0, 0.0) if self.prices is None else self.prices
+        if len(prices) != 2 or not all(0 <= one < math.inf for one in prices) or not any(prices):
+            raise ValueError(
+                f"prices must be two finite numbers >= 0, not both 0. Found: {self.prices!r}"
+            )
 
     def allow(self, cost: Cost, edits: int = 0) -> bool:
         """Whether so much may be spent; what costs nothing always may."""
@@ -113,10 +118,10 @@ class Limits:
         }
         return " and ".join(words[name] for name in names)
 
-    def price(self, params: Any, flops: Any) -> Any:
-        """What gains are divided by when they are compared, of numbers or arrays."""
+    def price(self, cost: Any) -> Any:
+        """What gains are divided by when they are compared; `params` and `flops` may be arrays."""
         of_param, of_flop = self._prices
-        return of_param * params + of_flop * flops
+        return of_param * cost.params + of_flop * cost.flops
 
     @property
     def unit(self) -> str:
@@ -388,21 +393,25 @@ class _Search:
     def _rates(
         self, options: _Options, change: np.ndarray | float | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Gains per powered price and per cost, `[m]`; infinite for what costs nothing."""
+        """Gains per powered price and per cost, `[m]`."""
         change = options.change if change is None else change
-        price = self.limits.price(options.params, options.flops)
-        cost = getattr(options, self.limits.unit)
-        powered = np.maximum(price, 1.0) ** self.limits.cost_exponent
-        return (
-            np.where(price > 0, -change / powered, np.inf),
-            np.where(cost > 0, -change / np.maximum(cost, 1.0), np.inf),
-        )
+        powered = np.maximum(self.limits.price(options), 1.0) ** self.limits.cost_exponent
+        return -change / powered, -change / np.maximum(getattr(options, self.limits.unit), 1.0)
+
+    def _costs_nothing(self, options: _Options) -> np.ndarray:
+        """Which options neither have a price nor use up what is limited, `[m]`."""
+        costs = self.limits.price(options) > 0
+        for name in ("params", "flops"):
+            if getattr(self.limits, name) is not None:
+                costs |= getattr(options, name) > 0
+        return ~costs
 
     def _best(self, options: _Options, among: np.ndarray) -> _Pick | None:
-        """The option with the largest rate, then gain."""
+        """The option with the largest rate, then gain; what costs nothing goes first."""
         if not among.any():
             return None
-        rates, per_cost = self._rates(options)
+        free = self._costs_nothing(options)
+        rates, per_cost = (np.where(free, np.inf, rate) for rate in self._rates(options))
         first = np.array([self.priority[bundle[0]] for bundle in options.members])
         best = int(np.lexsort((first, options.change, -np.where(among, rates, -np.inf)))[0])
         return _Pick(options.members[best], float(rates[best]), float(per_cost[best]))
@@ -447,12 +456,12 @@ class _Search:
         for i in bundle:
             free &= self._compatible(i)
         cost = self.cost_of((*self.chosen, *bundle))
-        while not self.limits.allow(cost, len(self.chosen) + len(bundle)):
+        while exceeded := self.limits.exceeded(cost, len(self.chosen) + len(bundle)):
             pool = np.flatnonzero(free)
-            if not len(pool) or change >= least:
+            if not len(pool) or change >= least or exceeded == ["edits"]:
                 return None
             params, flops = self._marginal_costs([(int(i),) for i in pool], bundle).T
-            freed = -self.limits.price(params, flops)
+            freed = -(params if exceeded[0] == "params" else flops)
             price = (slope + alone)[pool] / np.maximum(freed, 1)
             pick = int(pool[np.lexsort((self.priority[pool], price))[0]])
             change += float(slope[pick] + alone[pick])

@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -98,8 +98,24 @@ def allocate(
       limits: what may be spent.
       most: by site, most units that can be added, see `most_units`.
     """
+    in_the_way: dict[str, None] = {}
+    extra: Mapping[str, int] = {}
+    for offer in _taken(worth, sites, costs, limits, most, in_the_way):
+        extra = offer.extra
+    return {name: count for name, count in extra.items() if count}, "; ".join(in_the_way)
+
+
+def _taken(
+    worth: Mapping[str, float],
+    sites: Sequence[Site],
+    costs: CostModel,
+    limits: Limits,
+    most: Mapping[str, float],
+    in_the_way: dict[str, None],
+) -> Iterator[_Offer]:
+    """The steps of `allocate`; adds to `in_the_way` why no further one can be taken."""
     now = {site.name: site.units for site in sites}
-    extra, in_the_way = dict.fromkeys(worth, 0), dict[str, None]()
+    extra = dict.fromkeys(worth, 0)
 
     def next_of(name: str) -> _Offer | None:
         spent = costs.extra(extra)
@@ -107,8 +123,8 @@ def allocate(
             wider = {**extra, name: extra[name] + more}
             gain = worth[name] * _returns(now[name], extra[name], wider[name])
             cost = costs.extra(wider)
-            price = Cost(cost.params - spent.params, cost.flops - spent.flops)
-            offer = _Offer(name, more, gain, price, wider, cost)
+            beside = Cost(cost.params - spent.params, cost.flops - spent.flops)
+            offer = _Offer(name, more, gain, beside, wider, cost)
             reasons = offer.reasons(limits, most[name])
             if not reasons:
                 return offer
@@ -127,7 +143,7 @@ def allocate(
         heapq.heappush(waiting, entry)
         if waiting[0] == entry:
             extra = offer.extra
-    return {name: count for name, count in extra.items() if count}, "; ".join(in_the_way)
+            yield offer
 
 
 def with_prices(
@@ -136,39 +152,46 @@ def with_prices(
     costs: CostModel,
     limits: Limits,
     left: Limits,
+    most: Mapping[str, float],
 ) -> Limits:
-    """`limits` with the price of FLOPs at which two budgets are spent together.
+    """`limits` with a price of FLOPs at which both of two budgets can be spent.
 
-    It is the least at which all parameters that are left could be spent within the FLOPs that are
-    left: nothing, where FLOPs are no bound. Where it can't be done only FLOPs count.
+    About the least at which all parameters that are left would be spent before the FLOPs that are
+    left are, by this and the steps to come: nothing, where FLOPs are no bound.
 
     Args:
       worth: of a unit, by site.
       sites: the sites.
       costs: what units cost.
-      limits: of a step.
+      limits: of this step.
       left: of both budgets.
+      most: as in `allocate`, of this step.
     """
     if left.params is None or left.flops is None or not limits.cost_exponent:
         return limits
-    unbounded = dict.fromkeys(worth, np.inf)
-    params_only = dataclasses.replace(limits, params=left.params, flops=None, edits=None)
+    is_last = not limits.step and limits.edits is None
+    bounds = most if is_last else dict.fromkeys(worth, math.inf)
+    all_params = dataclasses.replace(limits, params=left.params, flops=None, edits=None)
+    most_flops = left.flops
 
-    def suffice(prices: tuple[float, float]) -> bool:
-        one = dataclasses.replace(params_only, prices=prices)
-        wanted, _ = allocate(worth, sites, costs, one, unbounded)
-        return costs.extra(wanted).flops <= left.flops
+    def priced(price: float) -> Limits:
+        return dataclasses.replace(limits, prices=(1.0, price))
 
-    if suffice((1.0, 0.0)):
+    def suffice(price: float) -> bool:
+        one = dataclasses.replace(all_params, prices=(1.0, price))
+        taken = _taken(worth, sites, costs, one, bounds, {})
+        return all(offer.cost.flops <= most_flops for offer in taken)
+
+    if suffice(0.0):
         return limits
     even = max(left.params, 1) / max(left.flops, 1)
     too_low, enough = even / PRICE_RANGE, even * PRICE_RANGE
-    if not suffice((1.0, enough)):
-        return dataclasses.replace(limits, prices=(0.0, 1.0))
+    if not suffice(enough):
+        return priced(enough)
     while enough > PRICE_ACCURACY * too_low:
         middle = math.sqrt(too_low * enough)
-        too_low, enough = (too_low, middle) if suffice((1.0, middle)) else (middle, enough)
-    return dataclasses.replace(limits, prices=(1.0, enough))
+        too_low, enough = (too_low, middle) if suffice(middle) else (middle, enough)
+    return priced(enough)
 
 
 def _steps(units: int, multiple: int) -> list[int]:
@@ -191,7 +214,7 @@ class _Offer:
       site: its name.
       units: how many.
       gain: what they are worth together.
-      price: what they cost beside those before.
+      beside: what they cost beside those before.
       extra: all units that would then be added, by site.
       cost: of all of them.
     """
@@ -199,13 +222,13 @@ class _Offer:
     site: str
     units: int
     gain: float
-    price: Cost
+    beside: Cost
     extra: dict[str, int]
     cost: Cost
 
     def rate(self, limits: Limits) -> float:
         """Worth of one of them, on average, for its price to a power."""
-        price = max(1, limits.price(self.price.params, self.price.flops))
+        price = max(1, limits.price(self.beside))
         return self.gain / self.units / (price / self.units) ** limits.cost_exponent
 
     def reasons(self, limits: Limits, most: float) -> list[str]:
@@ -214,7 +237,7 @@ class _Offer:
         found = [limits.said([name]) for name in exceeded]
         if self.extra[self.site] > most:
             found.append("a site at most doubles in one step")
-        if self.gain / max(1, getattr(self.price, limits.unit)) < limits.min_gain_per_param:
+        if self.gain / max(1, getattr(self.beside, limits.unit)) < limits.min_gain_per_param:
             least = f"{limits.min_gain_per_param:g}"
             found.append(f"worth per {limits.unit_name} fell under {least}")
         return found
