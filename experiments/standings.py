@@ -114,11 +114,8 @@ def show(results: Results) -> None:
 
 
 def sections(results: Results) -> Iterable[tuple[str, tuple[str, ...], list[list[Any]]]]:
-    """Title, columns and rows of every table."""
-    for place in places_of(results.cells, PLACE):
-        mine = [row for row in results.cells if place_of(row, PLACE) == place]
-        dataset, model, budget_in, budget = place
-        where = f"{dataset}, {model}, at most {budget:,} {figures.UNITS[budget_in]}"
+    """Title, columns and rows of every table about one place."""
+    for where, mine in _by_place(results):
         for claim in (FROM_SCRATCH, GROWN):
             rows = list(_standing(mine, claim))
             if rows:
@@ -126,6 +123,35 @@ def sections(results: Results) -> Iterable[tuple[str, tuple[str, ...], list[list
         rows = list(_paying(results, mine))
         if rows:
             yield f"Growing against training the final shape. {where}", PAYING, rows
+
+
+def _by_place(results: Results) -> Iterable[tuple[str, list[Row]]]:
+    """What the cells of a table are of, in words, and they."""
+    for place in places_of(results.cells, PLACE):
+        dataset, model, budget_in, budget = place
+        where = f"{dataset}, {model}, at most {budget:,} {figures.UNITS[budget_in]}"
+        yield where, [row for row in results.cells if place_of(row, PLACE) == place]
+
+
+GLANCE = ("where", "claim", "place", OURS, "best other", "its accuracy", f"behind {OURS}")
+
+
+def at_a_glance(results: Results) -> list[list[Any]]:
+    """A line per place and claim: how ours stands, and the best of the others; see `GLANCE`."""
+    lines = []
+    for where, rows in _by_place(results):
+        for claim in (FROM_SCRATCH, GROWN):
+            ranked = _ranked(rows, claim)
+            others = [method for method in ranked if method != OURS]
+            if OURS not in ranked or not others:
+                continue
+            ours, best = ranked[OURS], ranked[others[0]]
+            standing = f"{1 + list(ranked).index(OURS)} of {len(ranked)}"
+            lines.append([
+                where, claim, standing, _over(list(ours.values()), *ACCURACY),
+                others[0], _over(list(best.values()), *ACCURACY), _paired(ours, best),
+            ])  # fmt: skip
+    return lines
 
 
 COMMON = ("method", "seeds", "test accuracy", f"behind {OURS}", "test loss", "parameters")
@@ -142,25 +168,33 @@ PAYING = (
 )  # fmt: skip
 
 
-def _standing(rows: Sequence[Row], claim: str) -> Iterable[list[Any]]:
-    """A line per method, the best first."""
-    found = {
-        method: {row["seed"]: row for row in rows if (row["method"], row["claim"]) == key}
-        for method in dict.fromkeys(row["method"] for row in rows)
-        for key in [(method, claim)]
-    }
-    found = {method: by_seed for method, by_seed in found.items() if by_seed}
+ACCURACY = ("test_accuracy", 2, 100, " %")
+"""How it is written, see `_over`."""
+
+
+def _ranked(rows: Sequence[Row], claim: str) -> dict[str, dict[int, Row]]:
+    """By method and seed the cells of one place and claim, the best method first."""
+    found: dict[str, dict[int, Row]] = {}
+    for row in rows:
+        if row["claim"] == claim:
+            found.setdefault(row["method"], {})[row["seed"]] = row
 
     def mean(method: str) -> float:
         return float(np.mean([row["test_accuracy"] for row in found[method].values()]))
 
-    for method in sorted(found, key=mean, reverse=True):
-        mine = list(found[method].values())
+    return {method: found[method] for method in sorted(found, key=mean, reverse=True)}
+
+
+def _standing(rows: Sequence[Row], claim: str) -> Iterable[list[Any]]:
+    """A line per method, the best first."""
+    found = _ranked(rows, claim)
+    for method, by_seed in found.items():
+        mine = list(by_seed.values())
         line = [
             method,
             len(mine),
-            _over(mine, "test_accuracy", 2, 100, " %"),
-            _paired(found.get(OURS, {}), found[method]) if method != OURS else "",
+            _over(mine, *ACCURACY),
+            _paired(found.get(OURS, {}), by_seed) if method != OURS else "",
             _over(mine, "test_loss", 4),
             _over(mine, "params", 0),
             _over(mine, "flops", 2, 1e-6),
@@ -203,7 +237,7 @@ def _paying(results: Results, rows: Sequence[Row]) -> Iterable[list[Any]]:
                     method,
                     claim,
                     len(chosen),
-                    _over(chosen, "test_accuracy", 2, 100, " %"),
+                    _over(chosen, *ACCURACY),
                     _over(chosen, "training_flops", 2, 1e-12),
                     _over(chosen, "seconds", 0),
                     *(_until(results, chosen) if claim == GROWN else ("", "")),
@@ -243,6 +277,9 @@ def _curve(curves: Sequence[Row], cell: Row) -> list[Row]:
 def page_of(results: Results, introduction: str | None = None) -> str:
     """The page for the docs; that of the comparison has pictures."""
     parts = [introduction or INTRODUCTION, "\n".join(_recipe(results.cells)) + "\n"]
+    glance = at_a_glance(results) if introduction is None else []
+    if glance:
+        parts.append(f"## At a glance\n\n{tables.markdown(GLANCE, glance)}\n")
     for title, columns, rows in sections(results):
         parts.append(f"## {title}\n\n{tables.markdown(columns, rows)}\n")
     if introduction is None:

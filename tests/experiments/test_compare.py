@@ -173,6 +173,23 @@ def test_a_sweep(tmp_path, monkeypatch, capsys):
     check_tables_follow_from_the_csv_alone(found, tmp_path)
 
 
+def test_at_a_glance():
+    """Ours in its place, beside the best of the others; nothing where there is nothing to say."""
+
+    def row(method, seed, accuracy, claim="grown", budget=100):
+        place = {"dataset": "digits", "model": "mlp", "budget_in": "params", "budget": budget}
+        return {
+            **place, "method": method, "seed": seed, "claim": claim, "test_accuracy": accuracy
+        }  # fmt: skip
+
+    rows = [row("gauss_newton", 0, 0.50), row("gauss_newton", 1, 0.54)]
+    rows += [row("tiny", 0, 0.53), row("tiny", 1, 0.55), row("random", 0, 0.90, budget=200)]
+    rows += [row("gradmax", 0, 0.40), row("gauss_newton", 0, 0.6, "from_scratch")]
+    (line,) = standings.at_a_glance(standings.Results(rows, []))
+    assert line[:3] == ["digits, mlp, at most 100 parameters", "grown", "2 of 3"]
+    assert line[3:] == ["52.00 ± 2.83 %", "tiny", "54.00 ± 1.41 %", "-2.00 ± 1.00 (s.e.)"]
+
+
 def test_a_budget_of_flops(tmp_path):
     chosen = options("--budget_in=flops", "--budgets=900", f"--results_dir={tmp_path}")
     cells = list(compare.cells_of(chosen))
