@@ -1,4 +1,4 @@
-r"""One long run: the best network of so many parameters that growing finds, with augmentation.
+r"""One long run: how good a network gets that grows to so many parameters, with augmentation.
 
     python -m experiments.headline --data_dir=$HOME/tensorflow_datasets
     python -m experiments.headline --data_dir=... --hours=2.5    # stops then; again to go on

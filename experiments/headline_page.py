@@ -20,7 +20,7 @@ COLUMNS = (
     "validation accuracy",
 )  # fmt: skip
 
-PAGE = """# The best network of {budget} that growing finds
+PAGE = """# One long run: growing to {budget}
 
 Made by `python -m experiments.headline` from `{source}`; don't edit by hand.
 
