@@ -458,7 +458,7 @@ class _Search:
         cost = self.cost_of((*self.chosen, *bundle))
         while exceeded := self.limits.exceeded(cost, len(self.chosen) + len(bundle)):
             pool = np.flatnonzero(free)
-            if not len(pool) or change >= least or exceeded == ["edits"]:
+            if not len(pool) or change >= least or "edits" in exceeded:
                 return None
             params, flops = self._marginal_costs([(int(i),) for i in pool], bundle).T
             freed = -(params if exceeded[0] == "params" else flops)
