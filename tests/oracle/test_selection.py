@@ -276,19 +276,25 @@ def test_what_costs_nothing_goes_first_and_needs_no_budget():
     assert case.select().indices == (2, 1, 0)
 
 
+def chosen_at(case, costs, **limits):
+    """What is picked of a case when each candidate costs what `costs` says, whatever the others."""
+
+    def cost_of(indices):
+        found = [costs[i] for i in indices]
+        return Cost(sum(cost.params for cost in found), sum(cost.flops for cost in found))
+
+    return select(
+        case.interaction, groups=case.groups, widths=case.widths, cost_of=cost_of,
+        limits=Limits(**limits),
+    ).indices  # fmt: skip
+
+
 def test_flops_rank_when_only_they_are_limited():
     """The second layer costs more parameters and fewer FLOPs."""
     case = flat_case([-1.0, -1.0], ["a", "b"])
-    prices = {"a": Cost(1, 100), "b": Cost(100, 1)}
-
-    def cost_of(indices):
-        found = [prices[case.groups[i].site] for i in indices]
-        return Cost(sum(c.params for c in found), sum(c.flops for c in found))
 
     def first(**fields):
-        limits = Limits(edits=1, **fields)
-        arguments = {"groups": case.groups, "widths": case.widths, "cost_of": cost_of}
-        return select(case.interaction, limits=limits, **arguments).indices
+        return chosen_at(case, [Cost(1, 100), Cost(100, 1)], edits=1, **fields)
 
     assert first() == first(params=1000) == first(params=1000, flops=1000) == (0,)
     assert first(flops=1000) == (1,)
@@ -297,17 +303,10 @@ def test_flops_rank_when_only_they_are_limited():
 def test_two_budgets_count_by_their_prices():
     """Where a FLOP is dear the layer with fewer goes first, whatever its parameters."""
     case = flat_case([-1.0, -1.0], ["a", "b"])
-    costs = [Cost(10, 100), Cost(40, 10)]
 
     def first(per_flop, exponent=1.0):
-        limits = Limits(
-            edits=1, params=50, flops=110, prices=(1.0, per_flop), cost_exponent=exponent
-        )
-        cost_of = lambda chosen: Cost(  # noqa: E731
-            sum(costs[i].params for i in chosen), sum(costs[i].flops for i in chosen)
-        )
-        arguments = {"groups": case.groups, "widths": case.widths, "cost_of": cost_of}
-        return select(case.interaction, limits=limits, **arguments).indices
+        limits = {"params": 50, "flops": 110, "prices": (1.0, per_flop), "cost_exponent": exponent}
+        return chosen_at(case, [Cost(10, 100), Cost(40, 10)], edits=1, **limits)
 
     assert first(0.1) == (0,)  # 20 and 41
     assert first(1.0) == first(1.0, exponent=0.5) == (1,)  # 110 and 50
@@ -317,19 +316,8 @@ def test_what_uses_up_a_step_is_not_free():
     """FLOPs are what gains are per; one edit needs none of them, and the other is better by far."""
     case = flat_case([-2e-3, -1.0], ["a", "b"])
     costs = [Cost(50, 0), Cost(50, 100)]
-
-    def chosen(**fields):
-        arguments = {
-            "groups": case.groups,
-            "widths": case.widths,
-            "cost_of": lambda chosen: Cost(
-                sum(costs[i].params for i in chosen), sum(costs[i].flops for i in chosen)
-            ),
-        }
-        return select(case.interaction, limits=Limits(**fields), **arguments).indices
-
-    assert chosen(params=50, flops=100, prices=(0.0, 1.0)) == (1,)
-    assert chosen(flops=100) == (0, 1)
+    assert chosen_at(case, costs, params=50, flops=100, prices=(0.0, 1.0)) == (1,)
+    assert chosen_at(case, costs, flops=100) == (0, 1)
 
 
 @pytest.mark.parametrize(
@@ -578,17 +566,9 @@ def test_an_exchange_is_weighed_against_what_fits(small, exponent, first):
 
 def test_removals_make_room_of_what_there_is_too_little_of():
     """FLOPs are what gains are per, but it is parameters that the step has too few of."""
+    case = exchange_case([0.01, 0.01, 0.1])
     costs = [Cost(100, 10), Cost(-1, -1000), Cost(-1, -1000), Cost(-100, -1)]
-    found = select(
-        Interaction(np.array([-1.0, 0.01, 0.01, 0.1]), np.zeros((4, 4))),
-        groups=[Group("a"), *(Group("b", unit, units=-1) for unit in range(3))],
-        widths={"a": 4, "b": 9},
-        cost_of=lambda chosen: Cost(
-            sum(costs[i].params for i in chosen), sum(costs[i].flops for i in chosen)
-        ),
-        limits=Limits(params=0, flops=100, prices=(0.0, 1.0)),
-    )
-    assert found.indices == (0, 3)
+    assert chosen_at(case, costs, params=0, flops=100, prices=(0.0, 1.0)) == (0, 3)
 
 
 def test_no_removal_makes_room_for_one_edit_more():
