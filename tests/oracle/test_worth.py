@@ -14,7 +14,7 @@ from tfgrow.graph.nodes import trace
 from tfgrow.graph.sites import sites_of
 from tfgrow.morphisms.registry import get, several
 from tfgrow.oracle.selection import Limits
-from tfgrow.oracle.worth import PRICE_RANGE, RETURNS, allocate, most_units, pick, with_prices
+from tfgrow.oracle.worth import PRICE_RANGE, RETURNS, Widening, most_units, pick
 from tfgrow.types import Interaction
 
 
@@ -34,8 +34,11 @@ def parts_of(model):
 
 def allocated(worth, most=np.inf, **limits):
     sites, costs = parts_of(three_layers())
-    bounds = dict.fromkeys(worth, most)
-    return allocate(worth, sites, costs, Limits(**limits), bounds)
+    return widening(worth, sites, costs, most).allocate(Limits(**limits))
+
+
+def widening(worth, sites, costs, most=np.inf):
+    return Widening(worth, sites, costs, dict.fromkeys(worth, most))
 
 
 ALIKE = {"d0": 1.0, "d1": 1.0, "d2": 1.0}
@@ -58,7 +61,7 @@ def test_the_next_unit_goes_where_it_is_worth_most_for_its_cost(exponent):
         best = max(sites, key=rate).name
         extra = {**extra, best: extra[best] + 1}
     limits = Limits(edits=12, cost_exponent=exponent)
-    wanted, reason = allocate(worth, sites, costs, limits, dict.fromkeys(worth, np.inf))
+    wanted, reason = widening(worth, sites, costs).allocate(limits)
     assert reason == "limit of 12 edits reached"
     assert {**dict.fromkeys(worth, 0), **wanted} == extra
     assert wanted == EXPECTED[exponent]
@@ -73,7 +76,7 @@ EXPECTED = {
 
 def test_wide_sites_grow_by_several_units_at_a_time_and_fill_the_budget():
     sites, costs = parts_of(three_layers((2, 64, 3)))
-    worth, most = {"d0": 1e-9, "d1": 1.0, "d2": 1e-9}, dict.fromkeys(ALIKE, np.inf)
+    worth = {"d0": 1e-9, "d1": 1.0, "d2": 1e-9}
     asked = []
 
     class Counting:
@@ -81,10 +84,10 @@ def test_wide_sites_grow_by_several_units_at_a_time_and_fill_the_budget():
             asked.append(units)
             return costs.extra(units)
 
-    wanted, _ = allocate(worth, sites, Counting(), Limits(edits=40), most)
+    wanted, _ = widening(worth, sites, Counting()).allocate(Limits(edits=40))
     assert wanted == {"d1": 40}
     assert len(asked) < 2 * 40, "one by one it would be 160"
-    odd, _ = allocate(worth, sites, costs, Limits(edits=40, round_to=8), most)
+    odd, _ = widening(worth, sites, costs).allocate(Limits(edits=40, round_to=8))
     assert odd == {"d1": 40}
 
 
@@ -108,12 +111,12 @@ def test_two_budgets_are_spent_together(flops, exponent):
     worth = dict.fromkeys([site.name for site in sites], 1.0)
     left = Limits(params=6000, flops=flops)
     limits = Limits(params=1000, flops=flops, step=True, cost_exponent=exponent)
-    priced = with_prices(worth, sites, costs, limits, left, dict.fromkeys(worth, 1))
+    priced = widening(worth, sites, costs, most=1).with_prices(limits, left)
     assert dataclasses.replace(priced, prices=None) == limits
 
     def spent(limits):
         both = dataclasses.replace(limits, params=left.params, flops=left.flops)
-        cost = costs.extra(allocate(worth, sites, costs, both, dict.fromkeys(worth, np.inf))[0])
+        cost = costs.extra(widening(worth, sites, costs).allocate(both)[0])
         return cost.params / left.params, cost.flops / left.flops
 
     if flops == 10**9:
@@ -131,12 +134,12 @@ def test_two_budgets_are_spent_together(flops, exponent):
 def test_in_the_last_step_it_counts_what_sites_can_take():
     sites, costs = parts_of(convolutions())
     worth = {"c0": 3.0, "c1": 3.0, "c2": 1.0, "c3": 1.0}
-    most = dict.fromkeys(worth, 12)
+    bounded = widening(worth, sites, costs, most=12)
     last = Limits(params=5000, flops=400_000)
     one_of_many = dataclasses.replace(last, params=500, step=True)
-    priced = [with_prices(worth, sites, costs, x, last, most) for x in (last, one_of_many)]
+    priced = [bounded.with_prices(limits, last) for limits in (last, one_of_many)]
     assert priced[0].prices < priced[1].prices  # many steps can spend all on the first two
-    cost = costs.extra(allocate(worth, sites, costs, priced[0], most)[0])
+    cost = costs.extra(bounded.allocate(priced[0])[0])
     assert cost.params > 0.95 * last.params
     assert cost.flops > 0.95 * last.flops
 

@@ -33,7 +33,7 @@ from tfgrow.morphisms.registry import (
 from tfgrow.oracle.base import GrowthOracle
 from tfgrow.oracle.data import GrowthData, check_size, split_data
 from tfgrow.oracle.selection import Group, Limits, exclusion_ids, select
-from tfgrow.oracle.worth import allocate, most_units, pick, with_prices, worth_by_site
+from tfgrow.oracle.worth import Widening, most_units, pick, worth_by_site
 from tfgrow.types import Cost, Interaction, Plan
 
 SCORES = ("auto", "raw", "marginal", "worth")
@@ -256,9 +256,9 @@ class GaussNewtonOracle(GrowthOracle):
             site.name: most_units(site, self.morphisms, self.new_units, step.limits.round_to or 1)
             for site in step.sites
         }
+        widening = Widening(worth, step.sites, step.costs, most)
         left = self._budget_left(step.model, step.costs)
-        limits = with_prices(worth, step.sites, step.costs, step.limits, left, most)
-        wanted, reason = allocate(worth, step.sites, step.costs, limits, most)
+        wanted, reason = widening.allocate(widening.with_prices(step.limits, left))
         clock.lap("worth")
         if not wanted:
             return _plan((), 0.0, step, reason)

@@ -79,119 +79,117 @@ def worth_by_site(
     return {name: means.get(name, most) if most > 0 else LEAST_WORTH for name in names}
 
 
-def allocate(
-    worth: Mapping[str, float],
-    sites: Sequence[Site],
-    costs: CostModel,
-    limits: Limits,
-    most: Mapping[str, float],
-) -> tuple[dict[str, int], str]:
-    """How many units to add to which site, and why no more.
+@dataclasses.dataclass(frozen=True)
+class Widening:
+    """How sites may be widened.
 
-    One step after the other goes where the next unit is worth most for what it costs; of wide sites
-    the next few, with `round_to` as many as reach a multiple. Some limit or `most` must end it.
-
-    Args:
+    Attributes:
       worth: of a unit, by site.
       sites: the sites.
       costs: what units cost.
-      limits: what may be spent.
       most: by site, most units that can be added, see `most_units`.
     """
-    in_the_way: dict[str, None] = {}
-    extra: Mapping[str, int] = {}
-    for offer in _taken(worth, sites, costs, limits, most, in_the_way):
-        extra = offer.extra
-    return {name: count for name, count in extra.items() if count}, "; ".join(in_the_way)
+
+    worth: Mapping[str, float]
+    sites: Sequence[Site]
+    costs: CostModel
+    most: Mapping[str, float]
+
+    def allocate(self, limits: Limits) -> tuple[dict[str, int], str]:
+        """How many units to add to which site, and why no more.
+
+        One step after the other goes where the next unit is worth most for what it costs; of wide
+        sites the next few, with `round_to` as many as reach a multiple. Some limit or `most` must
+        end it.
+
+        Args:
+          limits: what may be spent.
+        """
+        steps = _Steps(self, limits)
+        for _ in steps:
+            pass
+        taken = {name: count for name, count in steps.extra.items() if count}
+        return taken, "; ".join(steps.in_the_way)
+
+    def with_prices(self, limits: Limits, left: Limits) -> Limits:
+        """`limits` with a price of FLOPs at which both of two budgets can be spent.
+
+        About the least at which all parameters that are left would be spent before the FLOPs that
+        are left are, by this and the steps to come: nothing, where FLOPs are no bound.
+
+        Args:
+          limits: of this step.
+          left: of both budgets.
+        """
+        if left.params is None or left.flops is None or not limits.cost_exponent:
+            return limits
+        is_last = not limits.step and limits.edits is None
+        unbounded = dataclasses.replace(self, most=dict.fromkeys(self.worth, math.inf))
+        widening = self if is_last else unbounded
+        all_params = dataclasses.replace(limits, params=left.params, flops=None, edits=None)
+        most_flops = left.flops
+
+        def suffice(price: float) -> bool:
+            steps = _Steps(widening, dataclasses.replace(all_params, prices=(1.0, price)))
+            return all(offer.cost.flops <= most_flops for offer in steps)
+
+        if suffice(0.0):
+            return limits
+        even = max(left.params, 1) / max(left.flops, 1)
+        too_low, enough = even / PRICE_RANGE, even * PRICE_RANGE
+        if suffice(enough):
+            while enough > PRICE_ACCURACY * too_low:
+                middle = math.sqrt(too_low * enough)
+                too_low, enough = (too_low, middle) if suffice(middle) else (middle, enough)
+        return dataclasses.replace(limits, prices=(1.0, enough))
 
 
-def _taken(
-    worth: Mapping[str, float],
-    sites: Sequence[Site],
-    costs: CostModel,
-    limits: Limits,
-    most: Mapping[str, float],
-    in_the_way: dict[str, None],
-) -> Iterator[_Offer]:
-    """The steps of `allocate`; adds to `in_the_way` why no further one can be taken."""
-    now = {site.name: site.units for site in sites}
-    extra = dict.fromkeys(worth, 0)
+class _Steps:
+    """The steps of `Widening.allocate`.
 
-    def next_of(name: str) -> _Offer | None:
-        spent = costs.extra(extra)
-        for more in _steps(now[name] + extra[name], limits.round_to or 1):
-            wider = {**extra, name: extra[name] + more}
-            gain = worth[name] * _returns(now[name], extra[name], wider[name])
+    Attributes:
+      extra: units added so far, by site.
+      in_the_way: why no further step can be taken, each once.
+    """
+
+    def __init__(self, widening: Widening, limits: Limits):
+        self._widening, self._limits = widening, limits
+        self._now = {site.name: site.units for site in widening.sites}
+        self.extra: dict[str, int] = dict.fromkeys(widening.worth, 0)
+        self.in_the_way: dict[str, None] = {}
+
+    def __iter__(self) -> Iterator[_Offer]:
+        # A site's rate only falls, whichever site grows (but for a smaller step at a limit): only
+        # the foremost has to be known anew.
+        worth = self._widening.worth
+        waiting = [(-np.inf, place, name) for place, name in enumerate(worth) if worth[name] > 0]
+        while waiting:
+            _, place, name = heapq.heappop(waiting)
+            offer = self._next_of(name)
+            if offer is None:
+                continue
+            entry = (-offer.rate(self._limits), place, name)
+            heapq.heappush(waiting, entry)
+            if waiting[0] == entry:
+                self.extra = offer.extra
+                yield offer
+
+    def _next_of(self, name: str) -> _Offer | None:
+        """The next units of a site; None if it can't have any."""
+        worth, costs, most = self._widening.worth, self._widening.costs, self._widening.most
+        now, first = self._now[name], self.extra[name]
+        spent = costs.extra(self.extra)
+        for more in _steps(now + first, self._limits.round_to or 1):
+            wider = {**self.extra, name: first + more}
+            gain = worth[name] * _returns(now, first, wider[name])
             cost = costs.extra(wider)
             beside = Cost(cost.params - spent.params, cost.flops - spent.flops)
             offer = _Offer(name, more, gain, beside, wider, cost)
-            reasons = offer.reasons(limits, most[name])
+            reasons = offer.reasons(self._limits, most[name])
             if not reasons:
                 return offer
-        in_the_way.update(dict.fromkeys(reasons))
+        self.in_the_way.update(dict.fromkeys(reasons))
         return None
-
-    # A site's rate only falls, whichever site grows (but for a smaller step at a limit): only the
-    # foremost has to be known anew.
-    waiting = [(-np.inf, place, name) for place, name in enumerate(worth) if worth[name] > 0]
-    while waiting:
-        _, place, name = heapq.heappop(waiting)
-        offer = next_of(name)
-        if offer is None:
-            continue
-        entry = (-offer.rate(limits), place, name)
-        heapq.heappush(waiting, entry)
-        if waiting[0] == entry:
-            extra = offer.extra
-            yield offer
-
-
-def with_prices(
-    worth: Mapping[str, float],
-    sites: Sequence[Site],
-    costs: CostModel,
-    limits: Limits,
-    left: Limits,
-    most: Mapping[str, float],
-) -> Limits:
-    """`limits` with a price of FLOPs at which both of two budgets can be spent.
-
-    About the least at which all parameters that are left would be spent before the FLOPs that are
-    left are, by this and the steps to come: nothing, where FLOPs are no bound.
-
-    Args:
-      worth: of a unit, by site.
-      sites: the sites.
-      costs: what units cost.
-      limits: of this step.
-      left: of both budgets.
-      most: as in `allocate`, of this step.
-    """
-    if left.params is None or left.flops is None or not limits.cost_exponent:
-        return limits
-    is_last = not limits.step and limits.edits is None
-    bounds = most if is_last else dict.fromkeys(worth, math.inf)
-    all_params = dataclasses.replace(limits, params=left.params, flops=None, edits=None)
-    most_flops = left.flops
-
-    def priced(price: float) -> Limits:
-        return dataclasses.replace(limits, prices=(1.0, price))
-
-    def suffice(price: float) -> bool:
-        one = dataclasses.replace(all_params, prices=(1.0, price))
-        taken = _taken(worth, sites, costs, one, bounds, {})
-        return all(offer.cost.flops <= most_flops for offer in taken)
-
-    if suffice(0.0):
-        return limits
-    even = max(left.params, 1) / max(left.flops, 1)
-    too_low, enough = even / PRICE_RANGE, even * PRICE_RANGE
-    if not suffice(enough):
-        return priced(enough)
-    while enough > PRICE_ACCURACY * too_low:
-        middle = math.sqrt(too_low * enough)
-        too_low, enough = (too_low, middle) if suffice(middle) else (middle, enough)
-    return priced(enough)
 
 
 def _steps(units: int, multiple: int) -> list[int]:
