@@ -14,7 +14,7 @@ from tfgrow.graph.nodes import trace
 from tfgrow.graph.sites import sites_of
 from tfgrow.morphisms.registry import get, several
 from tfgrow.oracle.selection import Limits
-from tfgrow.oracle.worth import PRICE_RANGE, RETURNS, Widening, most_units, pick
+from tfgrow.oracle.worth import MOST_TIMES, PRICE_RANGE, RETURNS, Widening, most_units, pick
 from tfgrow.types import Interaction
 
 
@@ -184,12 +184,12 @@ def test_limits(worth, limits, expected, reason):
 def test_no_more_units_than_can_be_made():
     wanted, reason = allocated(ALIKE, most=2)
     assert wanted == {"d0": 2, "d1": 2, "d2": 2}
-    assert reason == "a site at most doubles in one step"
+    assert reason == "a site becomes at most 3 times as wide in one step"
     sites, _ = parts_of(three_layers())
     assert most_units(sites[0], several("split")) == 2
-    assert most_units(sites[2], several(("split", "add"))) == 4, "twice as many"
-    assert most_units(sites[0], several("add"), at_least=3) == 3
-    assert most_units(sites[1], several("add"), at_least=1, multiple=8) == 5
+    assert most_units(sites[2], several(("split", "add"))) == 8, "three times as many"
+    assert most_units(sites[0], several("add"), at_least=5) == 5
+    assert most_units(sites[1], several("add"), at_least=1, multiple=16) == 13
     assert most_units(sites[0], several("prune")) == 0
 
 
@@ -262,13 +262,13 @@ def test_a_site_of_one_unit_grows_too_and_so_does_what_has_not_learned_anything(
 
 
 @pytest.mark.parametrize("limits", [{"max_params": 100_000}, {"growth_per_step": 10_000}])
-def test_no_site_more_than_doubles_in_a_step(limits):
+def test_no_site_becomes_too_wide_in_a_step(limits):
     """What its units are worth now tells nothing of ten times as many."""
     x, y = data(512, 1)
     oracle = quick_oracle(**{"score": "worth", "growth_per_step": None, **limits})
     plan = oracle.propose_plan(student(6, 8, "tanh"), (x, y))
-    assert plan.widths == {"hidden": (6, 12), "bottleneck": (8, 16)}
-    assert plan.reason == "a site at most doubles in one step"
+    assert plan.widths == {"hidden": (6, 6 * MOST_TIMES), "bottleneck": (8, 8 * MOST_TIMES)}
+    assert plan.reason == "a site becomes at most 3 times as wide in one step"
 
 
 def test_a_network_that_nothing_can_mend_does_not_grow():
