@@ -78,8 +78,9 @@ class GaussNewtonOracle(GrowthOracle):
         the weights that are there would bring anyway (see `GaussNewtonEstimator.settle`; cf.
         Verbockhaven et al. 2024), and applies what is chosen at the lengths that are best together
         now. `"worth"` shares out a budget until it is spent; by what edits bring, growing ends
-        where they bring nothing. So `"auto"` is `"worth"` where all kinds of edits add single units, there is a
-        budget (`max_params` or `max_flops`) and no `min_gain_per_param`, and else `"raw"`.
+        where they bring nothing. So `"auto"` is `"worth"` where all kinds of edits add single
+        units, there is a budget (`max_params` or `max_flops`) and no `min_gain_per_param`, and else
+        `"raw"`.
       cost_exponent: gains are compared per cost to the power of this, from 0 (as they are) to 1
         (per parameter, or per FLOP if `max_flops` is the only budget); by default 0.5 of what units
         are worth, else 1.

@@ -253,7 +253,7 @@ def most_units(site: Site, kinds: Sequence[Morphism], at_least: int = 1, multipl
     """How many units some kinds of edits can add to a site in one step.
 
     Each unit is split once at most. Worth tells of the units there are, not of ten times as many:
-    no site becomes more than `MOST_TIMES` times as wide, but for narrow ones, and to reach a multiple.
+    no site becomes more than `MOST_TIMES` times as wide, but narrow ones, and to reach a multiple.
 
     Args:
       site: a site.
