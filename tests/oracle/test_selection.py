@@ -9,7 +9,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tfgrow.oracle.selection import NEGLIGIBLE, Group, Limits, matching_names, select
+from tfgrow.oracle.limits import Limits
+from tfgrow.oracle.selection import NEGLIGIBLE, Group, select
 from tfgrow.types import Cost, Interaction
 
 
@@ -320,20 +321,6 @@ def test_what_uses_up_a_step_is_not_free():
     assert chosen_at(case, costs, flops=100) == (0, 1)
 
 
-@pytest.mark.parametrize(
-    ("fields", "unit"),
-    [
-        ({}, "params"),
-        ({"flops": 1}, "flops"),
-        ({"flops": 1, "params": 1}, "params"),
-        ({"flops": 1, "params": 1, "prices": (0.0, 1.0)}, "flops"),
-        ({"flops": 1, "params": 1, "prices": (1.0, 2.0)}, "params"),
-    ],
-)
-def test_what_the_least_gain_is_per(fields, unit):
-    assert Limits(**fields).unit == unit
-
-
 def test_round_to_fills_whole_bundles():
     """5 -> 8 needs three units, then four more at a time; five candidates allow one bundle."""
     case = flat_case([-1.0, -5.0, -3.0, -4.0, -2.0], width=5)
@@ -449,54 +436,6 @@ def test_refuses(change, named):
     }
     with pytest.raises(ValueError, match=named):
         select(**{**arguments, **change})
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"params": -1},
-        {"flops": 1.5},
-        {"prices": (0.0, 0.0)},
-        {"prices": (1.0, -1.0)},
-        {"prices": (1.0, math.nan)},
-        {"edits": True},
-        {"round_to": 0},
-        {"min_gain_per_param": -1.0},
-        {"min_gain_per_param": math.nan},
-        {"min_gain_per_param": "1"},
-    ],
-)
-def test_limits_refuse(fields):
-    with pytest.raises(ValueError, match=f"{next(iter(fields))} must be"):
-        Limits(**fields)
-
-
-NAMES = ["conv1", "conv2", "conv10", "dense"]
-
-
-@pytest.mark.parametrize(
-    ("include", "exclude", "expected"),
-    [
-        (None, None, NAMES),
-        (["conv1"], None, ["conv1"]),
-        (["conv.*"], None, ["conv1", "conv2", "conv10"]),
-        ([r"conv\d"], ["conv2"], ["conv1"]),
-        (None, ["conv.*"], ["dense"]),
-        ([], None, []),
-    ],
-)
-def test_matching_names(include, exclude, expected):
-    assert matching_names(NAMES, include, exclude) == expected
-
-
-def test_a_name_with_special_characters_matches_itself():
-    assert matching_names(["a+b", "ab"], include=["a+b"]) == ["a+b", "ab"]
-    assert matching_names(["block(1)"], include=["block(1)"]) == ["block(1)"]
-
-
-def test_unknown_names_are_listed_all():
-    with pytest.raises(ValueError, match=r"\['conv3', 'head'\].*Found: \['conv1', 'conv2'"):
-        matching_names(NAMES, include=["conv1", "conv3"], exclude=["head"])
 
 
 def exchange_case(removal_costs, gram=None, widths=None):
@@ -617,12 +556,6 @@ def test_selections_with_removals_stay_within_every_rule(seed, budget):
     assert sum(found.marginal_gains) == pytest.approx(-found.estimated_change, abs=1e-9)
 
 
-def test_a_site_of_several_names_is_matched_by_each():
-    names = [("conv1", "shortcut"), ("conv2",), "head"]
-    assert matching_names(names, include=["short.*", "head"]) == ["conv1", "head"]
-    assert matching_names(names, exclude=["shortcut"]) == ["conv2", "head"]
-
-
 # ---- at free lengths, and by other powers of the cost -------------------------------------------
 
 
@@ -666,9 +599,3 @@ def test_cost_exponent_says_how_much_the_cost_counts(power, first):
         limits=Limits(cost_exponent=power, edits=1),
     )
     assert chosen.indices == (first,)
-
-
-@pytest.mark.parametrize("power", [-0.1, 1.1, "half", math.nan])
-def test_a_cost_exponent_out_of_range_is_refused(power):
-    with pytest.raises(ValueError, match="cost_exponent must be a number from 0 to 1"):
-        Limits(cost_exponent=power)

@@ -13,7 +13,7 @@ from tfgrow.graph.cost import CostModel
 from tfgrow.graph.nodes import trace
 from tfgrow.graph.sites import sites_of
 from tfgrow.morphisms.registry import get, several
-from tfgrow.oracle.selection import Limits
+from tfgrow.oracle.limits import Limits
 from tfgrow.oracle.worth import MOST_TIMES, PRICE_RANGE, RETURNS, Widening, most_units, pick
 from tfgrow.types import Interaction
 

@@ -18,7 +18,7 @@ from tests.strategies.linear import (
     two_layers,
 )
 from tfgrow.morphisms.registry import candidates as make_candidates
-from tfgrow.oracle.selection import Limits
+from tfgrow.oracle.limits import Limits
 from tfgrow.strategies import GradMax, linear_units
 from tfgrow.strategies.base import Room
 from tfgrow.strategies.gradmax import mean_gradients, outgoing_norm

@@ -34,7 +34,8 @@ from tfgrow.graph.nodes import trace
 from tfgrow.graph.sites import Site, find_sites, sites_of
 from tfgrow.morphisms.registry import joint_cost
 from tfgrow.oracle.data import GrowthData, split_data
-from tfgrow.oracle.selection import Limits, matching_names
+from tfgrow.oracle.limits import Limits
+from tfgrow.oracle.names import matching_names
 from tfgrow.oracle.undo import restored_on_error
 from tfgrow.types import Cost, GrowthEvent, Plan
 

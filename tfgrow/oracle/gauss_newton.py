@@ -32,7 +32,8 @@ from tfgrow.morphisms.registry import (
 )
 from tfgrow.oracle.base import GrowthOracle
 from tfgrow.oracle.data import GrowthData, check_size, split_data
-from tfgrow.oracle.selection import Group, Limits, exclusion_ids, select
+from tfgrow.oracle.limits import Limits
+from tfgrow.oracle.selection import Group, exclusion_ids, select
 from tfgrow.oracle.worth import Widening, most_units, pick, worth_by_site
 from tfgrow.types import Cost, Interaction, Plan
 

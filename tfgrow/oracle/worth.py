@@ -27,8 +27,8 @@ from tfgrow.graph.cost import CostModel
 from tfgrow.graph.sites import Site
 from tfgrow.morphisms.base import Morphism
 from tfgrow.oracle.data import GrowthData
+from tfgrow.oracle.limits import Limits
 from tfgrow.oracle.quadratics import FreeLengths
-from tfgrow.oracle.selection import Limits
 from tfgrow.types import Cost, Interaction
 
 RETURNS = 2.0

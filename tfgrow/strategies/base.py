@@ -20,7 +20,7 @@ from tfgrow.morphisms.registry import candidates as make_candidates
 from tfgrow.morphisms.registry import joint_cost, new_widths
 from tfgrow.oracle.base import GrowthOracle
 from tfgrow.oracle.data import GrowthData, split_data
-from tfgrow.oracle.selection import Limits
+from tfgrow.oracle.limits import Limits
 from tfgrow.strategies.statistics import measured
 from tfgrow.types import Plan
 
