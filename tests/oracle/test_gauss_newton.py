@@ -11,6 +11,7 @@ import tensorflow as tf
 import tfgrow
 import tfgrow.oracle.gauss_newton
 import tfgrow.oracle.selection
+import tfgrow.oracle.worth
 from tests.integration import fitting
 from tests.integration.fitting import CLASSES, arrays, compiled, logits_loss, mlp
 from tfgrow.morphisms.base import Candidate
@@ -147,7 +148,7 @@ def test_the_estimate_of_a_scaled_set():
 
 def test_the_oracle_names_no_morphism():
     """A new morphism is one new file: nothing here asks for one by name, but the default."""
-    for module in (tfgrow.oracle.gauss_newton, tfgrow.oracle.selection):
+    for module in (tfgrow.oracle.gauss_newton, tfgrow.oracle.selection, tfgrow.oracle.worth):
         code = inspect.getsource(module).replace('morphisms: Sequence[str] = ("split", "add")', "")
         code = re.sub(r'""".*?"""', "", code, flags=re.DOTALL)
         for name in MORPHISMS:
