@@ -91,8 +91,8 @@ def write(
     _write_csv(written[1], (*CELL, *CURVE), results.curves)
     if docs and results.cells:
         if introduction is None:
-            written += draw(results, Path(docs).parent / "images")
-        written.append(tables.write_page(docs, page_of(read(folder), introduction)))
+            written += draw(results, Path(docs).parent / "images", folder.name)
+        written.append(tables.write_page(docs, page_of(read(folder), folder, introduction)))
     return written
 
 
@@ -274,16 +274,20 @@ def _curve(curves: Sequence[Row], cell: Row) -> list[Row]:
     return [row for row in curves if all(row[name] == cell[name] for name in CELL)]
 
 
-def page_of(results: Results, introduction: str | None = None) -> str:
-    """The page for the docs; that of the comparison has pictures."""
-    parts = [introduction or INTRODUCTION, "\n".join(_recipe(results.cells)) + "\n"]
+def page_of(results: Results, folder: str | Path, introduction: str | None = None) -> str:
+    """The page for the docs; that of a comparison has pictures."""
+    parts = [
+        introduction or INTRODUCTION.format(folder=folder),
+        "\n".join(_recipe(results.cells)) + "\n",
+    ]
     glance = at_a_glance(results) if introduction is None else []
     if glance:
         parts.append(f"## At a glance\n\n{tables.markdown(GLANCE, glance)}\n")
     for title, columns, rows in sections(results):
         parts.append(f"## {title}\n\n{tables.markdown(columns, rows)}\n")
     if introduction is None:
-        parts += [f"![{text}](images/{name})\n" for name, text in PICTURES.items()]
+        name = Path(folder).name
+        parts += [f"![{text}](images/{name}-{which}.png)\n" for which, text in PICTURES.items()]
     return "\n".join(parts)
 
 
@@ -309,15 +313,15 @@ def _shared_flags(rows: Sequence[Row]) -> set[str]:
 
 
 PICTURES = {
-    "compare-accuracy.png": "Test accuracy against the budget, from scratch and as grown",
-    "compare-flops.png": "Validation accuracy against training FLOPs and seconds",
-    "compare-widths.png": "Widths chosen per layer at the largest budget",
+    "accuracy": "Test accuracy against the budget, from scratch and as grown",
+    "flops": "Validation accuracy against training FLOPs and seconds",
+    "widths": "Widths chosen per layer at the largest budget",
 }
 
 INTRODUCTION = """\
 # Results
 
-Made by `python -m experiments.compare` from `experiments/results/compare`; don't edit by hand.
+Made by `python -m experiments.compare` from `{folder}`; don't edit by hand.
 Every figure is a mean ± standard deviation over seeds; "behind gauss_newton" is by how much the
 method's test accuracy, in points, is lower on the same seeds, with the standard error of that. Test
 data were used once per cell, at its end. Training FLOPs are three forward passes per image and
@@ -326,17 +330,17 @@ of the seed network times one factor.
 """
 
 
-def draw(results: Results, folder: Path) -> list[Path]:
-    """The pictures of the page."""
+def draw(results: Results, folder: Path, name: str) -> list[Path]:
+    """The pictures of the page, whose files' names begin with `name`."""
     folder.mkdir(parents=True, exist_ok=True)
     makers: Mapping[str, Callable] = {
-        "compare-accuracy.png": figures.plot_standings,
-        "compare-flops.png": figures.plot_curves,
-        "compare-widths.png": figures.plot_widths,
+        "accuracy": figures.plot_standings,
+        "flops": figures.plot_curves,
+        "widths": figures.plot_widths,
     }
     return [
-        make(results.curves if name == "compare-flops.png" else results.cells, folder / name)
-        for name, make in makers.items()
+        make(results.curves if which == "flops" else results.cells, folder / f"{name}-{which}.png")
+        for which, make in makers.items()
     ]
 
 

@@ -147,7 +147,11 @@ def check_tables_follow_from_the_csv_alone(swept, tmp_path):
         *rows[0]
     }
     page = (tmp_path / "docs" / "results.md").read_text()
-    assert page == standings.page_of(standings.read(tmp_path))
+    assert page == standings.page_of(standings.read(tmp_path), tmp_path)
+    assert f"from `{tmp_path}`;" in page
+    pictures = {path.name for path in written if path.suffix == ".png"}
+    assert pictures == {f"{tmp_path.name}-{which}.png" for which in standings.PICTURES}
+    assert all(f"(images/{name})" in page for name in pictures)
     accuracy = {(c.method, c.claim, c.seed): 100 * kept(c)["test_accuracy"] for c in cells}
     ours = [accuracy["gauss_newton", "from_scratch", seed] for seed in (0, 1)]
     theirs = [accuracy["template", "from_scratch", seed] for seed in (0, 1)]
