@@ -54,11 +54,12 @@ def padded(low: float, high: float) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def plain_log_ticks(axes: Any, values: Sequence[float]) -> None:
+def plain_log_ticks(axes: Any, values: Sequence[float], at_values: bool = False) -> None:
     """Ticks like 5k, 10k, 20k: fewer than a decade of a log axis is otherwise left bare."""
-    from matplotlib.ticker import LogLocator, NullLocator
+    from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
     axes.set_xlim(min(values) / 1.25, max(values) * 1.25)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    locator = FixedLocator(sorted(set(values))) if at_values else LogLocator(subs=(1, 2, 5))
+    axes.xaxis.set_major_locator(locator)
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k")

@@ -77,7 +77,7 @@ def plot_standings(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[st
                 _draw_budgets(axes, [r for r in mine if r["method"] == method], style)
             axes.set_xscale("log")
             if mine:
-                plain_log_ticks(axes, [row["budget"] for row in mine])
+                plain_log_ticks(axes, [row["budget"] for row in mine], at_values=True)
             axes.set(xlabel=f"most {UNITS[place[2]]} (methods side by side)")
             axes.set_ylabel("test accuracy (%)")
             axes.set_title(f"{place[0]}, {place[1]}: {claim.replace('_', ' ')}", fontsize=10)
@@ -140,16 +140,12 @@ def plot_curves(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str])
         arms += [(reference, "from_scratch")] if methods else []
         for axes, name, unit in zip(line, ("training_flops", "seconds"), (1e12, 1.0), strict=True):
             for method, claim in arms:
-                same = [r for r in mine if (r["method"], r["claim"]) == (method, claim)]
-                epochs = sorted({row["epoch"] for row in same})
-                means = [
-                    np.mean([[r[name] / unit, 100 * r["val_accuracy"]]
-                             for r in same if r["epoch"] == epoch], axis=0)
-                    for epoch in epochs
-                ]  # fmt: skip
-                if means:
+                means = _mean_curve(
+                    [r for r in mine if (r["method"], r["claim"]) == (method, claim)], name
+                )
+                if len(means):
                     axes.plot(
-                        *np.transpose(means), color=known[method].color,
+                        means[:, 0] / unit, 100 * means[:, 1], color=known[method].color,
                         linestyle="-" if claim == "grown" else "--",
                         linewidth=known[method].linewidth,
                     )  # fmt: skip
@@ -159,6 +155,18 @@ def plot_curves(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str])
             axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
     _label_methods(figure, {method: known[method] for method in methods}, reference)
     return write(figure, path)
+
+
+def _mean_curve(rows: Sequence[Mapping[str, Any]], cost: str) -> np.ndarray:
+    """Cost and validation accuracy by epoch, means over the seeds: of epochs that all of them had.
+
+    Searches have more epochs with one seed than with another.
+    """
+    by_seed: dict[int, list[tuple[float, float]]] = {}
+    for row in sorted(rows, key=lambda row: row["epoch"]):
+        by_seed.setdefault(row["seed"], []).append((row[cost], row["val_accuracy"]))
+    together = list(zip(*by_seed.values(), strict=False))
+    return np.mean(together, axis=1) if together else np.empty((0, 2))
 
 
 def plot_widths(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> Path:

@@ -150,6 +150,32 @@ def test_curves_show_every_method_as_grown_and_one_from_scratch(drawn, tmp_path,
     assert labels == [*methods, f"{reference} from scratch"]
 
 
+def test_curves_end_where_the_first_seed_ends(drawn, tmp_path):
+    """Averaged over the seeds that are left, they would jump back and forth."""
+    point = {"dataset": "digits", "model": "mlp", "budget_in": "params", "budget": 9}
+    rows = [
+        {**point, "method": "search", "claim": "grown", "epoch": epoch, "seed": seed,
+         "val_accuracy": 0.1 * epoch + seed, "training_flops": 1e12 * epoch, "seconds": epoch}
+        for seed, epochs in ((0, 4), (1, 2)) for epoch in range(1, 1 + epochs)
+    ]  # fmt: skip
+    comparison_figures.plot_curves(rows, tmp_path / "curves.png")
+    for axes in drawn[0].axes:
+        np.testing.assert_allclose(axes.lines[0].get_xydata(), [[1, 60], [2, 70]])
+
+
+def test_budgets_are_the_ticks(drawn, tmp_path):
+    point = {"dataset": "digits", "model": "mlp", "budget_in": "params", "seed": 0}
+    rows = [
+        {**point, "method": "uniform", "claim": "grown", "budget": budget, "test_accuracy": 0.5}
+        for budget in (10_000, 20_000)
+    ]
+    comparison_figures.plot_standings(rows, tmp_path / "standings.png")
+    axis = drawn[0].axes[1].xaxis
+    assert [axis.get_major_formatter()(tick, 0) for tick in axis.get_majorticklocs()] == [
+        "10k", "20k",
+    ]  # fmt: skip
+
+
 def test_missing_matplotlib_says_how_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r'Drawing figures needs.*"tfgrow\[experiments\]"'):
