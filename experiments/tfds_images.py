@@ -71,8 +71,8 @@ def _prepare(builder: Any, name: str, directory: str | None, download: bool) -> 
         option = f" --data_dir={directory}" if directory else ""
         raise ValueError(
             f"The dataset {name!r} is not prepared in {where}. Point --data_dir (data_dir=) to the "
-            "directory that holds it, or let it be downloaded: --download (download=True), or on "
-            f"the command line `tfds build {name}{option}`."
+            "directory that holds it, or let it be downloaded: on the command line `tfds build "
+            f"{name}{option}`, in Python download=True (--download of experiments.grow)."
         )
     builder.download_and_prepare()
 

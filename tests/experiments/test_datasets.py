@@ -210,7 +210,9 @@ def test_tfds_datasets_of_another_kind(tfds, tmp_path, options, message):
 
 def test_tfds_data_that_is_not_prepared(tfds, tmp_path):
     tfds.install()
-    with pytest.raises(ValueError, match=f"not prepared in '{tmp_path}'.*--download.*tfds build"):
+    with pytest.raises(
+        ValueError, match=f"not prepared in '{tmp_path}'.*tfds build .*download=True"
+    ):
         datasets.load("tiny_images", tmp_path)
 
 

@@ -40,7 +40,7 @@ from tfgrow.types import Cost, Interaction, Plan
 SCORES = ("auto", "raw", "marginal", "worth")
 
 ROOT = 0.5
-"""What units are worth is compared per root of their cost, see `docs/ablation.md`."""
+"""What units are worth is compared per root of their cost; `docs/ablation.md` has other powers."""
 
 SETTLING_SHARE = 0.6
 """Of the batches to learn on, so many tell the step of the weights there are, others its length."""
@@ -52,9 +52,10 @@ LEAST_LENGTH = 1 / 16
 class GaussNewtonOracle(GrowthOracle):
     """Proposes, at each growth step, the set of morphisms that lowers the loss most for its cost.
 
-    Every step makes the candidates of all sites, learns their parameters on a stream of batches,
-    scores them on batches they did not see, and picks a set by greedy selection on the interaction
-    matrix, within the budget (Lawton et al., arXiv 2411.05855; the joint selection is ours).
+    Every step makes candidates, learns their parameters on a stream of batches, scores them on
+    batches they did not see, and picks a set by their interaction matrix, within the budget (Lawton
+    et al., arXiv 2411.05855; the joint selection is ours). By default what the units there are are
+    worth says first how many go where; `score` has the others.
 
     It is a `keras_tuner.Oracle`: each growth step is a trial in `directory/project_name`.
 
