@@ -217,6 +217,7 @@ class Run:
             "flops": epochs[-1]["flops"],
             "widths": training.open_widths(model),
             "hours": sum(one["seconds"] for one in epochs) / 3600,
+            "threads": self.settings["threads"],
         }
         reports.write_json(self.folder / RESULT, result)
         return result

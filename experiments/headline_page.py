@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,10 @@ COLUMNS = (
     "validation accuracy",
 )  # fmt: skip
 
+RUN_COLUMNS = (
+    "run", "test accuracy", "parameters", "MFLOPs", "epochs", "hours", "threads", "other settings",
+)  # fmt: skip
+
 PAGE = """# One long run: growing to {budget}
 
 Made by `python -m experiments.headline` from `{source}`; don't edit by hand.
@@ -33,6 +38,10 @@ Made by `python -m experiments.headline` from `{source}`; don't edit by hand.
 ![Widths, loss and parameters](images/headline-growth.png)
 
 Settings: `{settings}`.
+
+## All runs that have ended
+
+{runs}
 """
 
 
@@ -61,12 +70,33 @@ def write(
         outcome=_outcome(epochs, result, settings, hours[-1]),
         table=tables.markdown(COLUMNS, _rows(epochs, hours)),
         settings=as_text(settings),
+        runs=tables.markdown(RUN_COLUMNS, list(_runs(Path(kept).parent, settings))),
     )
     return [
         figures.plot_accuracy(hours, accuracy, images / "headline-accuracy.png"),
         figures.plot_growth(events, history, images / "headline-growth.png"),
         tables.write_page(docs, page),
     ]
+
+
+def _runs(folder: Path, settings: Mapping[str, Any]) -> Iterable[list[Any]]:
+    """A line per finished run of a folder: what it came to, and where its settings are others."""
+    for path in sorted(folder.glob("*.json")):
+        result = json.loads(path.read_text()).get("result")
+        if result is None:
+            continue
+        ours = set(as_text(settings).split())
+        other = [flag for flag in as_text(result["settings"]).split() if flag not in ours]
+        yield [
+            path.stem,
+            f"{100 * result['test_accuracy']:.2f} %",
+            result["params"],
+            f"{result['flops'] / 1e6:.1f}",
+            result["settings"]["epochs"],
+            f"{result['hours']:.1f}",
+            result.get("threads", ""),
+            f"`{' '.join(other)}`" if other else "",
+        ]
 
 
 def _outcome(

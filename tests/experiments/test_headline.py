@@ -64,9 +64,20 @@ def test_the_page_of_a_run_that_has_ended_and_of_one_that_has_not(tmp_path):
     assert all(path.stat().st_size > 500 for path in written)
     page = docs.read_text()
     assert f"**{100 * result['test_accuracy']:.2f} %** of the test images of digits" in page
-    assert page.count(" %\u0020|") == 5, "a line per epoch"
+    assert page.count(" %\u0020|") == 5 + 1, "a line per epoch, and one for the run"
     assert "--max_params=400" in page
     assert json.loads(kept.read_text())["result"] == result
+    other = {**result, "test_accuracy": 0.125, "settings": {**result["settings"], "epochs": 9}}
+    (tmp_path / "other.json").write_text(json.dumps({"result": other}))
+    (tmp_path / "unfinished.json").write_text(json.dumps({"result": None}))
+    headline_page.write(run.state, result, kept, str(docs))
+    lines = docs.read_text().split("All runs that have ended")[1].splitlines()
+    (mine,) = (line for line in lines if line.startswith("| kept |"))
+    (others,) = (line for line in lines if line.startswith("| other |"))
+    assert mine.endswith("|  |"), "nothing differs"
+    assert "12.50 %" in others
+    assert others.endswith("| `--epochs=9` |")
+    assert "unfinished" not in "".join(lines)
 
 
 def test_a_run_that_is_killed_goes_on_after_what_was_written(tmp_path, monkeypatch):
