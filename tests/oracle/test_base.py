@@ -14,7 +14,8 @@ import pytest
 import tensorflow as tf
 from keras_tuner.engine.trial import TrialStatus
 
-from tfgrow.oracle.base import GrowthOracle, describe_widths, write_json
+from tfgrow.oracle.base import GrowthOracle, write_json
+from tfgrow.oracle.trials import describe_widths
 from tfgrow.types import Cost, GrowthEvent, Plan
 
 

@@ -18,7 +18,6 @@ import dataclasses
 import json
 import math
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -35,7 +34,8 @@ from tfgrow.graph.sites import Site, find_sites, sites_of
 from tfgrow.morphisms.registry import joint_cost
 from tfgrow.oracle.data import GrowthData, split_data
 from tfgrow.oracle.limits import Limits
-from tfgrow.oracle.names import matching_names
+from tfgrow.oracle.names import matching_names, patterns
+from tfgrow.oracle.trials import as_number, last_value, metrics_of, table_of, values_of
 from tfgrow.oracle.undo import restored_on_error
 from tfgrow.types import Cost, GrowthEvent, Plan
 
@@ -46,9 +46,6 @@ TUNER_ID = "tfgrow"
 
 _BATCHES = (16, 12, 8)
 """Batches to learn, score and judge on, if a strategy does not say."""
-
-EVENT_METRICS = ("estimated_change", "measured_change", "loss_before", "alpha", "newborn_alive")
-"""Figures of a `GrowthEvent` that become metrics of its trial under the same name."""
 
 
 class GrowthOracle(keras_tuner.Oracle, abc.ABC):
@@ -131,8 +128,8 @@ class GrowthOracle(keras_tuner.Oracle, abc.ABC):
         self.growth_per_step = _growth_per_step(growth_per_step)
         # The constructor of Limits checks the values that no model is needed for.
         self._limits = Limits(min_gain_per_param=min_gain_per_param, round_to=round_to)
-        self.include = _patterns("include", include)
-        self.exclude = _patterns("exclude", exclude)
+        self.include = patterns("include", include)
+        self.exclude = patterns("exclude", exclude)
         self.verbose = 0  # the caller reports one line per step; set it to 1 for Keras Tuner's
         self.widths: dict[str, int] = {}
         self._proposal: dict[str, Any] | None = None
@@ -266,7 +263,7 @@ class GrowthOracle(keras_tuner.Oracle, abc.ABC):
                 "Record each trial once, before the next `propose`."
             )
         event = dataclasses.replace(event, trial_id=trial.trial_id)
-        metrics = {**_event_metrics(event), **self._numbers(logs)}
+        metrics = {**metrics_of(event), **self._numbers(logs)}
         self.update_trial(trial.trial_id, metrics, step=event.epoch)
         if event.status == "applied":
             self.widths.update({name: int(after) for name, (_, after) in event.widths.items()})
@@ -310,7 +307,7 @@ class GrowthOracle(keras_tuner.Oracle, abc.ABC):
             f"Results in {self._project_dir if self._on_disk else 'memory only'}",
             f"Showing the last {len(shown)} of {len(ids)} growth steps",
             str(self.objective),
-            *_table(shown, self.objective.name),
+            *table_of(shown, self.objective.name),
         ]
         print("\n".join(lines))
 
@@ -401,7 +398,7 @@ class GrowthOracle(keras_tuner.Oracle, abc.ABC):
         if trial.metrics.exists(self.objective.name):
             super().score_trial(trial)
             return
-        after = (_last(trial, "loss_before"), _last(trial, "measured_change"))
+        after = (last_value(trial, "loss_before"), last_value(trial, "measured_change"))
         known = self.objective.name in _LOSSES and None not in after
         trial.score = sum(after) if known else self._worst_score
 
@@ -529,7 +526,10 @@ class GrowthOracle(keras_tuner.Oracle, abc.ABC):
         return None
 
     def _open(self, plan: Plan, status: str, epoch: int) -> tuple[Trial, Plan]:
-        self._proposal = {"status": status, "values": _values(plan, epoch, self._last_completed())}
+        self._proposal = {
+            "status": status,
+            "values": values_of(plan, epoch, self._last_completed()),
+        }
         try:
             return self.create_trial(TUNER_ID), plan
         finally:
@@ -545,99 +545,15 @@ class GrowthOracle(keras_tuner.Oracle, abc.ABC):
         return done[-1] if done else ""
 
     def _numbers(self, logs: Mapping[str, Any] | None) -> dict[str, float]:
-        numbers = {name: _as_number(value) for name, value in (logs or {}).items()}
+        numbers = {name: as_number(value) for name, value in (logs or {}).items()}
         found = {name: number for name, number in numbers.items() if number is not None}
         if self.objective.has_value(found):
             found[self.objective.name] = float(self.objective.get_value(found))
         return found
 
 
-def describe_widths(widths: Mapping[str, tuple[int, int]]) -> str:
-    """What changed, in words.
-
-    Example:
-
-    >>> describe_widths({"conv1": (4, 6), "conv2": (8, 8)})
-    'conv1 4->6'
-    """
-    return ", ".join(f"{n} {old}->{new}" for n, (old, new) in widths.items() if old != new)
-
-
-def _values(plan: Plan, epoch: int, parent: str) -> dict[str, Any]:
-    """A plan as the values of a trial: plain ints and strings."""
-    morphisms = sorted({_name(candidate.morphism) for candidate in plan.candidates})
-    return {
-        **{name: int(after) for name, (_, after) in plan.widths.items()},
-        "tfgrow/grew": describe_widths(plan.widths),
-        "tfgrow/morphisms": ", ".join(morphisms),
-        "tfgrow/edits": len(plan.candidates),
-        "tfgrow/epoch": int(epoch),
-        "tfgrow/parent": parent,
-    }
-
-
-def _event_metrics(event: GrowthEvent) -> dict[str, float]:
-    figures = {name: _as_number(getattr(event, name)) for name in EVENT_METRICS}
-    rejected = event.status != "applied"
-    figures |= {
-        "params_before": event.params_before,
-        "params": event.params_before if rejected else event.params_after,
-        "flops_before": event.flops_before,
-        "flops": event.flops_before if rejected else event.flops_after,
-        "seconds": sum(event.seconds.values()),
-    }
-    return {name: float(value) for name, value in figures.items() if value is not None}
-
-
-def _table(trials: Sequence[Trial], objective: str) -> list[str]:
-    """The trials as aligned text lines, headed."""
-    head = ("trial", "epoch", "status", "grew", "parameters", "estimated", "measured", objective)
-    rows = [head, *(_row(trial, objective) for trial in trials)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    notes = [f"{t.trial_id}: {t.message}" for t in trials if t.message]
-    return lines + notes
-
-
-def _row(trial: Trial, objective: str) -> tuple[str, ...]:
-    values = trial.hyperparameters.values
-
-    def figure(name: str, form: str, unknown: str = "-") -> str:
-        value = _last(trial, name)
-        return unknown if value is None else form.format(value)
-
-    return (
-        trial.trial_id,
-        str(values.get("tfgrow/epoch", "-")),
-        trial.status,
-        f"{values.get('tfgrow/grew', '-')} ({values.get('tfgrow/morphisms', '-')})",
-        figure("params_before", "{:.0f} -> ") + figure("params", "{:.0f}", unknown=""),
-        figure("estimated_change", "{:+.4f}"),
-        figure("measured_change", "{:+.4f}"),
-        figure(objective, "{:.4f}"),
-    )
-
-
-def _last(trial: Trial, metric: str) -> float | None:
-    return trial.metrics.get_last_value(metric) if trial.metrics.exists(metric) else None
-
-
 def _nothing(reason: str) -> Plan:
     return Plan((), 0.0, Cost(), {}, {}, reason=reason)
-
-
-def _name(morphism: Any) -> str:
-    return morphism if isinstance(morphism, str) else morphism.name
-
-
-def _as_number(value: Any) -> float | None:
-    """The value as a finite float, else None."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        return None
-    return number if math.isfinite(number) else None
 
 
 def _check_plan(plan: Any, strategy: str) -> None:
@@ -661,19 +577,3 @@ def _growth_per_step(value: Any) -> int | float | None:
         "growth_per_step must be a whole number >= 1 (the most edits of one step), a positive "
         f"float (the most added parameters relative to those before), or None. Found: {value!r}"
     )
-
-
-def _patterns(name: str, value: str | Sequence[str] | None) -> tuple[str, ...] | None:
-    if value is None:
-        return None
-    patterns = (value,) if isinstance(value, str) else tuple(value)
-    for pattern in patterns:
-        if not isinstance(pattern, str):
-            raise TypeError(
-                f"{name} takes site names or regular expressions as strings. Found: {pattern!r}"
-            )
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"{name}={pattern!r} is no regular expression: {error}") from error
-    return patterns

@@ -1,4 +1,4 @@
-"""Which of some names `include` and `exclude` leave."""
+"""`include` and `exclude`: which names they leave."""
 
 from __future__ import annotations
 
@@ -44,3 +44,28 @@ def matching_names(
 
 def _any_match(patterns: Sequence[str], names: Sequence[str]) -> bool:
     return any(p == n or re.fullmatch(p, n) for p in patterns for n in names)
+
+
+def patterns(name: str, value: str | Sequence[str] | None) -> tuple[str, ...] | None:
+    """`include` or `exclude`, as its argument was given, as a tuple.
+
+    Args:
+      name: of the argument.
+      value: a name or regular expression, several, or None.
+
+    Raises:
+      TypeError, ValueError: what is no string, or no regular expression.
+    """
+    if value is None:
+        return None
+    found = (value,) if isinstance(value, str) else tuple(value)
+    for pattern in found:
+        if not isinstance(pattern, str):
+            raise TypeError(
+                f"{name} takes site names or regular expressions as strings. Found: {pattern!r}"
+            )
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{name}={pattern!r} is no regular expression: {error}") from error
+    return found
