@@ -133,7 +133,10 @@ def _by_place(results: Results) -> Iterable[tuple[str, list[Row]]]:
         yield where, [row for row in results.cells if place_of(row, PLACE) == place]
 
 
-GLANCE = ("where", "claim", "place", OURS, "best other", "its accuracy", f"behind {OURS}")
+GLANCE = (
+    "where", "claim", "place", OURS, "best other", "its accuracy", f"behind {OURS}", "MFLOPs",
+    "its MFLOPs",
+)  # fmt: skip
 
 
 def at_a_glance(results: Results) -> list[list[Any]]:
@@ -150,6 +153,7 @@ def at_a_glance(results: Results) -> list[list[Any]]:
             lines.append([
                 where, claim, standing, _over(list(ours.values()), *ACCURACY),
                 others[0], _over(list(best.values()), *ACCURACY), _paired(ours, best),
+                *(_over(list(one.values()), "flops", 1, 1e-6) for one in (ours, best)),
             ])  # fmt: skip
     return lines
 

@@ -183,7 +183,8 @@ def test_at_a_glance():
     def row(method, seed, accuracy, claim="grown", budget=100):
         place = {"dataset": "digits", "model": "mlp", "budget_in": "params", "budget": budget}
         return {
-            **place, "method": method, "seed": seed, "claim": claim, "test_accuracy": accuracy
+            **place, "method": method, "seed": seed, "claim": claim, "test_accuracy": accuracy,
+            "flops": (3 if method == "tiny" else 2) * 1e6 + seed * 1e6,
         }  # fmt: skip
 
     rows = [row("gauss_newton", 0, 0.50), row("gauss_newton", 1, 0.54)]
@@ -191,7 +192,8 @@ def test_at_a_glance():
     rows += [row("gradmax", 0, 0.40), row("gauss_newton", 0, 0.6, "from_scratch")]
     (line,) = standings.at_a_glance(standings.Results(rows, []))
     assert line[:3] == ["digits, mlp, at most 100 parameters", "grown", "2 of 3"]
-    assert line[3:] == ["52.00 ± 2.83 %", "tiny", "54.00 ± 1.41 %", "-2.00 ± 1.00 (s.e.)"]
+    assert line[3:7] == ["52.00 ± 2.83 %", "tiny", "54.00 ± 1.41 %", "-2.00 ± 1.00 (s.e.)"]
+    assert line[7:] == ["2.5 ± 0.7", "3.5 ± 0.7"]
 
 
 def test_a_budget_of_flops(tmp_path):
