@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
@@ -184,22 +184,17 @@ def recipe_of(cell: Seeded, epochs: int) -> Any:
     return training.Recipe(epochs=epochs, seed=cell.seed, **chosen)
 
 
-def _network(cell: Cell, data: Any, widths: Sequence[int] | None) -> Any:
-    from experiments import training
-
-    settings = cell.settings
-    return training.seed_network(settings["model"], data, widths, cell.seed, settings["augment"])
-
-
 def _grow(cell: Cell, data: Any) -> tuple[Any, int]:
     from experiments import training
 
     names = ("max_params", "growth_per_step", "morphisms", "new_units", "curvature", "score")
     oracle = {name: cell.settings[name] for name in names}
     growing = training.Growing("every", cell.settings["every"], cell.settings["settle"], oracle)
-    epochs = cell.settings["epochs"]
+    settings, epochs = cell.settings, cell.settings["epochs"]
     trained = training.train_growing(
-        _network(cell, data, cell.settings["widths"]),
+        training.seed_network(
+            settings["model"], data, settings["widths"], cell.seed, settings["augment"]
+        ),
         data,
         recipe_of(cell, epochs),
         growing,
@@ -211,13 +206,11 @@ def _grow(cell: Cell, data: Any) -> tuple[Any, int]:
 def _from_scratch(cell: Cell, data: Any, grown: Mapping[str, Any]) -> tuple[Any, int]:
     from experiments import training
 
-    widths = list(grown["widths"].values())
-    model = _network(cell, data, widths)
-    if model.count_params() != grown["params"]:
-        raise ValueError(
-            f"From scratch the network has {model.count_params()} parameters, grown "
-            f"{grown['params']}: --model={cell.settings['model']} does not follow from its widths."
-        )
+    settings = cell.settings
+    model = training.final_shape(
+        settings["model"], data, settings["widths"], grown["widths"], cell.seed,
+        settings["augment"], grown["params"],
+    )  # fmt: skip
     if cell.arm == "same_epochs":
         return training.train(model, data, recipe_of(cell, grown["epochs"])), grown["epochs"]
     clock = until_time_is_up(grown["seconds"], cell.settings["learning_rate"])

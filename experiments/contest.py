@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import resource
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +117,7 @@ def run_cell(cell: Cell, grown: Mapping[str, Any] | None) -> dict[str, Any]:
     elif cell.claim == GROWN:
         trained = _grow(cell, data, clock)
     else:
-        widths = _template(cell, data) if grown is None else list(grown["widths"].values())
+        widths = _template(cell, data) if grown is None else grown["widths"]
         trained = _from_scratch(cell, data, widths, grown, clock)
     result = _outcome(cell, trained, clock, len(data.x_train))
     write_json(cell.path, result)
@@ -204,17 +204,18 @@ def _search(cell: Cell, data: Any, clock: Any, seconds: float) -> Any:
 
 
 def _from_scratch(
-    cell: Cell, data: Any, widths: Sequence[int], grown: Mapping[str, Any] | None, clock: Any
+    cell: Cell, data: Any, widths: Mapping[str, int], grown: Mapping[str, Any] | None, clock: Any
 ) -> Any:
     from experiments import training
 
     settings = cell.settings
-    model = training.seed_network(cell.model, data, widths, cell.seed, settings["augment"])
-    if grown is not None and model.count_params() != grown["params"]:
-        raise ValueError(
-            f"From scratch the network has {model.count_params()} parameters, grown "
-            f"{grown['params']}: --models={cell.model} does not follow from its widths."
-        )
+    start = widths_of(cell.model, settings["widths"])
+    if cell.method == SEARCH:  # what it found may be smaller than the seed network
+        start = [1] * len(start)
+    model = training.final_shape(
+        cell.model, data, start, widths, cell.seed, settings["augment"],
+        None if grown is None else grown["params"],
+    )  # fmt: skip
     callbacks = [clock.callback(), training.sizes_in_logs(data, settings["batch_size"])]
     recipe = recipe_of(cell, settings["epochs"])
     if cell.claim == SAME_FLOPS:
@@ -229,8 +230,8 @@ def _from_scratch(
     return training.train(model, data, recipe, callbacks)
 
 
-def _template(cell: Cell, data: Any) -> list[int]:
-    """The seed network's widths times the largest factor that the budget allows."""
+def _template(cell: Cell, data: Any) -> dict[str, int]:
+    """The seed network's widths times the largest factor that the budget allows, by site."""
     import tfgrow
     from experiments import training
 
@@ -240,7 +241,7 @@ def _template(cell: Cell, data: Any) -> list[int]:
     few = data.x_train[:256], data.y_train[:256]
     wider = oracle.propose_plan(model, few).widths
     widths = training.open_widths(model)
-    return [wider.get(name, (units, units))[1] for name, units in widths.items()]
+    return {name: wider.get(name, (units, units))[1] for name, units in widths.items()}
 
 
 class Clock:

@@ -26,7 +26,7 @@ epochs of a small dataset: validation, the estimates and the guard, which all ru
 would judge a network whose statistics are those of earlier weights."""
 
 RESNET_STREAMS = (8, 12, 16)
-"""Channels of the residual stream per stage: fixed, only the widths inside the blocks grow."""
+"""Channels of the residual stream per stage at the start; widths are those inside the blocks."""
 
 VIT_STREAM = 32
 """Channels of the transformer's residual stream: fixed, heads and feed-forward layers grow."""

@@ -120,6 +120,49 @@ def seed_network(
     return tfgrow.convert(stock)
 
 
+def final_shape(
+    name: str,
+    data: Dataset,
+    start: Sequence[int] | None,
+    widths: Mapping[str, int],
+    seed: int,
+    augment: bool = False,
+    params: int | None = None,
+) -> keras.Model:
+    """A network as wide as one that has grown, with weights from the layers' initializers.
+
+    Residual streams have grown too, and no list of widths says how wide they are.
+
+    Args:
+      name: of the network it grew from.
+      data: the dataset.
+      start: widths of that, as for `seed_network`.
+      widths: units by site, as `open_widths` has them.
+      seed: of the weights: those that a network built so wide begins with.
+      augment: as for `seed_network`.
+      params: of the one that has grown, if they are to be compared.
+
+    Raises:
+      ValueError: other sites, fewer units than there were at the start, or another number of
+        parameters: kernels or the depth have grown too.
+    """
+    model = seed_network(name, data, start, seed, augment)
+    before = open_widths(model)
+    if set(widths) != set(before) or any(widths[site] < units for site, units in before.items()):
+        raise ValueError(
+            f"'{name}' of widths {before} does not become one of {dict(widths)} by growing."
+        )
+    for site, units in before.items():
+        if widths[site] > units:
+            tfgrow.widen(model, site, widths[site] - units)
+    if params not in (None, model.count_params()):
+        raise ValueError(
+            f"With the widths {dict(widths)} '{name}' has {model.count_params()} parameters, the "
+            f"grown network {params}: not only its widths have grown."
+        )
+    return tfgrow.convert(keras.models.clone_model(tfgrow.strip(model)))
+
+
 def params_of(name: str, data: Dataset, widths: Sequence[int]) -> int:
     """Parameters of a network of `experiments.models` of some widths."""
     stock = models.build(name, data.input_shape, data.num_classes, list(widths), seed=0)

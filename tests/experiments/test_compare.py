@@ -206,7 +206,7 @@ def test_a_budget_of_flops(tmp_path):
     widths = contest._template(grown, data)
     smallest, filled, over = (
         flops_of(training.seed_network("mlp", data, shape, 0))
-        for shape in ([3, 3], widths, [units + 1 for units in widths])
+        for shape in ([3, 3], [*widths.values()], [units + 1 for units in widths.values()])
     )
     assert smallest < filled <= 900 < over
     with pytest.raises(ValueError, match="hyperband fills budgets of parameters"):
