@@ -209,11 +209,8 @@ def _from_scratch(
     from experiments import training
 
     settings = cell.settings
-    start = widths_of(cell.model, settings["widths"])
-    if cell.method == SEARCH:  # what it found may be smaller than the seed network
-        start = [1] * len(start)
     model = training.final_shape(
-        cell.model, data, start, widths, cell.seed, settings["augment"],
+        cell.model, data, settings["widths"], widths, cell.seed, settings["augment"],
         None if grown is None else grown["params"],
     )  # fmt: skip
     callbacks = [clock.callback(), training.sizes_in_logs(data, settings["batch_size"])]

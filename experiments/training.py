@@ -15,6 +15,7 @@ import tensorflow as tf
 import tfgrow
 from experiments import models
 from experiments.datasets import Dataset
+from experiments.variants import widths_of
 
 LOSS = "sparse_categorical_crossentropy"
 EVALUATION_BATCH = 256
@@ -136,22 +137,21 @@ def final_shape(
     Args:
       name: of the network it grew from.
       data: the dataset.
-      start: widths of that, as for `seed_network`.
+      start: widths of that, as for `seed_network`; it may have been pruned since.
       widths: units by site, as `open_widths` has them.
       seed: of the weights: those that a network built so wide begins with.
       augment: as for `seed_network`.
       params: of the one that has grown, if they are to be compared.
 
     Raises:
-      ValueError: other sites, fewer units than there were at the start, or another number of
-        parameters: kernels or the depth have grown too.
+      ValueError: other sites, residual streams of fewer units than a new network's, or another
+        number of parameters: kernels or the depth have grown too.
     """
-    model = seed_network(name, data, start, seed, augment)
+    narrow = [1] * len(widths_of(name, start))
+    model = seed_network(name, data, narrow, seed, augment)
     before = open_widths(model)
     if set(widths) != set(before) or any(widths[site] < units for site, units in before.items()):
-        raise ValueError(
-            f"'{name}' of widths {before} does not become one of {dict(widths)} by growing."
-        )
+        raise ValueError(f"'{name}' with at least the widths {before} can't have {dict(widths)}.")
     for site, units in before.items():
         if widths[site] > units:
             tfgrow.widen(model, site, widths[site] - units)
