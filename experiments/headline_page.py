@@ -81,11 +81,11 @@ def write(
 
 def _runs(folder: Path, settings: Mapping[str, Any]) -> Iterable[list[Any]]:
     """A line per finished run of a folder: what it came to, and where its settings are others."""
+    ours = set(as_text(settings).split())
     for path in sorted(folder.glob("*.json")):
         result = json.loads(path.read_text()).get("result")
         if result is None:
             continue
-        ours = set(as_text(settings).split())
         other = [flag for flag in as_text(result["settings"]).split() if flag not in ours]
         yield [
             path.stem,

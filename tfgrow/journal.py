@@ -17,7 +17,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfgrow._files import write_json
-from tfgrow.types import GrowthEvent
+from tfgrow.types import GrowthEvent, describe_widths
 
 _VERSION = 1
 _PLAIN_COLUMNS = (
@@ -47,7 +47,7 @@ class Journal:
 
     Example:
 
-    >>> from tfgrow.types import GrowthEvent
+    >>> from tfgrow.types import GrowthEvent, describe_widths
     >>> journal = Journal()
     >>> journal.append(GrowthEvent(
     ...     epoch=2, applied=({"site": "conv1", "morphism": "add", "units": 2,
@@ -158,8 +158,7 @@ def _row(event: GrowthEvent, widths: Mapping[str, int], phases: list[str]) -> di
     row = {name: getattr(event, name) for name in _PLAIN_COLUMNS}
     row["edits"] = len(event.applied)
     row["morphisms"] = ", ".join(_in_order(edit["morphism"] for edit in event.applied))
-    changed = event.widths.items() if event.status == "applied" else ()
-    row["grew"] = ", ".join(f"{site} {old}->{new}" for site, (old, new) in changed if old != new)
+    row["grew"] = describe_widths(event.widths) if event.status == "applied" else ""
     row["newborn"] = sum(event.newborn.values())
     row["seconds"] = float(sum(event.seconds.values()))
     row |= {f"seconds/{phase}": event.seconds.get(phase) for phase in phases}

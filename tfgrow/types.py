@@ -496,3 +496,14 @@ class GrowthEvent:
         data["applied"] = tuple(data["applied"])
         data["widths"] = {name: tuple(pair) for name, pair in data["widths"].items()}
         return cls(**data)
+
+
+def describe_widths(widths: Mapping[str, tuple[int, int]]) -> str:
+    """What changed, in words.
+
+    Example:
+
+    >>> describe_widths({"conv1": (4, 6), "conv2": (8, 8)})
+    'conv1 4->6'
+    """
+    return ", ".join(f"{n} {old}->{new}" for n, (old, new) in widths.items() if old != new)

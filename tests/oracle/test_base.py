@@ -15,8 +15,7 @@ import tensorflow as tf
 from keras_tuner.engine.trial import TrialStatus
 
 from tfgrow.oracle.base import GrowthOracle, write_json
-from tfgrow.oracle.trials import describe_widths
-from tfgrow.types import Cost, GrowthEvent, Plan
+from tfgrow.types import Cost, GrowthEvent, Plan, describe_widths
 
 
 class FakeCandidate:

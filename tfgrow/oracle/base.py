@@ -34,7 +34,7 @@ from tfgrow.graph.sites import Site, find_sites, sites_of
 from tfgrow.morphisms.registry import joint_cost
 from tfgrow.oracle.data import GrowthData, split_data
 from tfgrow.oracle.limits import Limits
-from tfgrow.oracle.names import matching_names, patterns
+from tfgrow.oracle.names import as_patterns, matching_names
 from tfgrow.oracle.trials import as_number, last_value, metrics_of, table_of, values_of
 from tfgrow.oracle.undo import restored_on_error
 from tfgrow.types import Cost, GrowthEvent, Plan
@@ -128,8 +128,8 @@ class GrowthOracle(keras_tuner.Oracle, abc.ABC):
         self.growth_per_step = _growth_per_step(growth_per_step)
         # The constructor of Limits checks the values that no model is needed for.
         self._limits = Limits(min_gain_per_param=min_gain_per_param, round_to=round_to)
-        self.include = patterns("include", include)
-        self.exclude = patterns("exclude", exclude)
+        self.include = as_patterns("include", include)
+        self.exclude = as_patterns("exclude", exclude)
         self.verbose = 0  # the caller reports one line per step; set it to 1 for Keras Tuner's
         self.widths: dict[str, int] = {}
         self._proposal: dict[str, Any] | None = None

@@ -46,7 +46,7 @@ def _any_match(patterns: Sequence[str], names: Sequence[str]) -> bool:
     return any(p == n or re.fullmatch(p, n) for p in patterns for n in names)
 
 
-def patterns(name: str, value: str | Sequence[str] | None) -> tuple[str, ...] | None:
+def as_patterns(name: str, value: str | Sequence[str] | None) -> tuple[str, ...] | None:
     """`include` or `exclude`, as its argument was given, as a tuple.
 
     Args:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from keras_tuner.engine.trial import Trial
 
-from tfgrow.types import GrowthEvent, Plan
+from tfgrow.types import GrowthEvent, Plan, describe_widths
 
 EVENT_METRICS = ("estimated_change", "measured_change", "loss_before", "alpha", "newborn_alive")
 """Figures of a `GrowthEvent` that become metrics of its trial under the same name."""
@@ -69,17 +69,6 @@ def _row(trial: Trial, objective: str) -> tuple[str, ...]:
         figure("measured_change", "{:+.4f}"),
         figure(objective, "{:.4f}"),
     )
-
-
-def describe_widths(widths: Mapping[str, tuple[int, int]]) -> str:
-    """What changed, in words.
-
-    Example:
-
-    >>> describe_widths({"conv1": (4, 6), "conv2": (8, 8)})
-    'conv1 4->6'
-    """
-    return ", ".join(f"{n} {old}->{new}" for n, (old, new) in widths.items() if old != new)
 
 
 def last_value(trial: Trial, metric: str) -> float | None:
