@@ -103,7 +103,8 @@ def define_common_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_bool("augment", False, "Shift (and mirror) the images.", flag_values=values)
     for name, number, text, least in (
         ("max_train", 10_000, "Training images used, at most.", 100),
-        ("seeds", 3, "Number of seeds: 0, 1, ...", 1),
+        ("seeds", 3, "Number of seeds: --first_seed, and those that follow it.", 1),
+        ("first_seed", 0, "The first seed.", 0),
         ("epochs", 12, "Epochs of the grown networks, and from scratch.", 2),
         ("every", 1, "Epochs from one moment of growth to the next.", 1),
         ("rounds", 1, "Events at a time, at most.", 1),
@@ -175,7 +176,8 @@ def cells_of(options: Any) -> Iterator[Cell]:
 def places_of(options: Any) -> Iterator[tuple[int, str, str, int]]:
     """Seed, dataset, network and budget of all that is compared, seed by seed."""
     budgets = [int(text) for text in options.budgets]
-    return itertools.product(range(options.seeds), options.datasets, options.models, budgets)
+    seeds = range(options.first_seed, options.first_seed + options.seeds)
+    return itertools.product(seeds, options.datasets, options.models, budgets)
 
 
 def _claims(method: str, options: Any) -> list[str]:

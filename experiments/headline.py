@@ -37,8 +37,8 @@ PLACES = ("data_dir", "output_dir", "results_dir", "docs", "run", "hours", "thre
 SETTINGS = (
     "dataset", "data_dir", "max_train", "model", "widths", "max_params", "max_flops", "epochs",
     "every", "grow", "rounds", "growth_per_step", "morphisms", "new_units", "curvature",
-    "batch_size", "learning_rate", "weight_decay", "augment", "seed", "threads", "hours",
-    "output_dir", "results_dir", "docs", "run",
+    "batch_size", "optimizer", "learning_rate", "weight_decay", "augment", "seed", "threads",
+    "hours", "output_dir", "results_dir", "docs", "run",
 )  # fmt: skip
 
 
@@ -68,7 +68,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
         flags.DEFINE_integer(name, number, text, least, flag_values=values)
     for name, share, text in (
         ("learning_rate", 3e-3, "While it grows; then it falls to 0."),
-        ("weight_decay", 1e-4, "Of AdamW."),
+        ("weight_decay", 1e-4, "Decoupled; per step times the learning rate."),
         ("growth_per_step", 0.3, "Most parameters an event adds, relative to those before."),
     ):
         flags.DEFINE_float(name, share, text, 0.0, flag_values=values)
@@ -81,6 +81,9 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
         "curvature", "sampled", ("auto", "exact", "sampled", "empirical"), "Of the estimates.",
         flag_values=values,
     )  # fmt: skip
+    flags.DEFINE_enum(
+        "optimizer", "adamw", ("adamw", "sgd"), "sgd: with Nesterov momentum.", flag_values=values
+    )
     flags.DEFINE_bool("augment", True, "Shift (and mirror) the images.", flag_values=values)
     flags.DEFINE_list("morphisms", ["split", "add"], "Kinds of edits.", flag_values=values)
     flags.DEFINE_list("widths", None, "Units per layer of the seed.", flag_values=values)
@@ -157,9 +160,8 @@ class Run:
             model = training.seed_network(
                 settings["model"], data, settings["widths"], settings["seed"], settings["augment"]
             )
-            optimizer = keras.optimizers.AdamW(
-                settings["learning_rate"], weight_decay=settings["weight_decay"]
-            )
+            optimizer = training.OPTIMIZERS[settings["optimizer"]](settings["learning_rate"])
+            optimizer.weight_decay = settings["weight_decay"]
             model.compile(optimizer, training.LOSS, metrics=["accuracy"])
         if self.done < settings["epochs"]:
             self._fit(model, data)

@@ -28,6 +28,9 @@ would judge a network whose statistics are those of earlier weights."""
 RESNET_STREAMS = (8, 12, 16)
 """Channels of the residual stream per stage at the start; widths are those inside the blocks."""
 
+SHIFT = (0.125, 0.125)
+"""Training images are shifted by at most this share of their height and width: 4 pixels of 32."""
+
 VIT_STREAM = 32
 """Channels of the transformer's residual stream: fixed, heads and feed-forward layers grow."""
 
@@ -179,8 +182,9 @@ class _Layers:
         # Mirrored digits and letters mean something else; mirrored photographs do not.
         if x.shape[-1] == 3:
             x = keras.layers.RandomFlip("horizontal", seed=self._seed(), name="flip")(x)
+        # By whole pixels: between them, training images would be blurred, and others not.
         shift = keras.layers.RandomTranslation(
-            0.1, 0.1, fill_mode="constant", seed=self._seed(), name="shift"
+            *SHIFT, fill_mode="constant", interpolation="nearest", seed=self._seed(), name="shift"
         )
         return shift(x)
 

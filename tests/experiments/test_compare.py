@@ -60,6 +60,13 @@ def test_cells_are_seed_by_seed_and_what_they_need_comes_first():
     assert len({cell.path for cell in cells}) == len(cells)
 
 
+def test_seeds_may_begin_where_others_ended():
+    cells = list(compare.cells_of(options("--first_seed=3", "--seeds=2")))
+    assert sorted({cell.seed for cell in cells}) == [3, 4]
+    earlier = compare.cells_of(options("--seeds=2"))
+    assert not {cell.path for cell in cells} & {cell.path for cell in earlier}
+
+
 def check_every_cell_is_within_its_budget_and_of_the_widths_that_were_found(swept):
     _, cells = swept
     for cell in cells:

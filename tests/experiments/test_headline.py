@@ -52,6 +52,15 @@ def test_a_run_that_is_stopped_goes_on_to_its_end(tmp_path):
     assert again["test_accuracy"] == result["test_accuracy"]
 
 
+def test_sgd_decays_weights_before_and_after_a_stop(tmp_path):
+    chosen = settings(tmp_path, "--hours=0", "--optimizer=sgd", "--weight_decay=0.01")
+    while headline.Run(chosen).go_on() is None:
+        kept = keras.models.load_model(tmp_path / "headline" / state_in(tmp_path)["model"])
+        assert isinstance(kept.optimizer, keras.optimizers.SGD)
+        assert kept.optimizer.weight_decay == 0.01
+        assert (kept.optimizer.momentum, kept.optimizer.nesterov) == (0.9, True)
+
+
 def test_the_page_of_a_run_that_has_ended_and_of_one_that_has_not(tmp_path):
     run = headline.Run(settings(tmp_path, "--hours=0"))
     assert run.go_on() is None

@@ -117,6 +117,8 @@ def test_augmentation_acts_in_training_only():
     images = keras.Model(model.input, model.get_layer("shift").output)
     np.testing.assert_allclose(images(x, training=False), x / 255, atol=1e-6)
     assert np.abs(images(x, training=True) - x / 255).max() > 0.1
+    shifted = images(x, training=True).numpy() * 255
+    assert np.all(np.isclose(shifted, np.round(shifted), atol=1e-3)), "pixels are mixed"
     grey = models.build("vgg", (8, 8, 1), 4, augment=True)
     assert "RandomFlip" in kinds(model)
     assert "RandomFlip" not in kinds(grey)
