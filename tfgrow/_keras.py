@@ -1,6 +1,6 @@
 """Reads of Keras's private attributes, so that a Keras update breaks in one place.
 
-`surgery/rebuild.py` is the only file that writes them.
+`surgery/rebuild.py` and `surgery/shapes.py` are the only files that write them.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from keras.src.applications.convnext import LayerScale as LayerScale
 from keras.src.saving import serialization_lib
 
 
-def graph_of(model: keras.Model) -> Any:
-    """The functional graph of a model, or None if it has none (not built, or subclassed)."""
+def graph_of(model: Any) -> Any:
+    """The functional graph of a model, or None: not built, subclassed, or no model at all."""
     if isinstance(model, keras.Sequential):
         return getattr(model, "_functional", None) if model.built else None
     return model if hasattr(model, "_nodes_by_depth") else None
@@ -26,6 +26,14 @@ def calls_of(functional: Any) -> Iterator[Any]:
     """The calls recorded in a functional graph, producers before consumers, without inputs."""
     for depth in sorted(functional._nodes_by_depth, reverse=True):
         yield from (call for call in functional._nodes_by_depth[depth] if not call.is_input)
+
+
+def operations_within(model: Any) -> Iterator[keras.Operation]:
+    """What a model's graph calls, and what the models in it call, however deep."""
+    graph = graph_of(model)
+    for operation in graph.operations if graph is not None else ():
+        yield operation
+        yield from operations_within(operation)
 
 
 def calls_behind(tensor: Any, known: set[int]) -> list[Any]:

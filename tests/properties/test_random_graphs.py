@@ -20,7 +20,7 @@ from tfgrow.graph.nodes import trace
 from tfgrow.graph.sites import sites_of
 from tfgrow.morphisms.registry import get
 from tfgrow.surgery import optimizer as slots
-from tfgrow.surgery import rebuild
+from tfgrow.surgery import rebuild, shapes
 
 FEW, MANY = 4, 14
 SLOWNESS = {"estimate": 2}  # what is traced takes its time
@@ -281,9 +281,9 @@ def check_estimate(recipe, seed, learned):
 STEPS = [
     (rebuild, "_set_attributes"),
     (rebuild, "set_value"),
-    (rebuild, "_refresh_metadata"),
-    (rebuild, "_set_shapes"),
-    (rebuild, "_refresh_elsewhere"),
+    (shapes, "_refresh_metadata"),
+    (shapes, "_set_shapes"),
+    (shapes, "_refresh_elsewhere"),
     (rebuild, "renew_functions"),
     (slots, "map_slot"),
     (rebuild, "rekey_optimizer"),

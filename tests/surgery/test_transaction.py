@@ -20,7 +20,7 @@ from tests.surgery.hand_made import (
     widen,
 )
 from tfgrow.surgery import optimizer as slots
-from tfgrow.surgery import rebuild
+from tfgrow.surgery import rebuild, shapes
 from tfgrow.surgery.transaction import edit, transaction
 
 
@@ -125,9 +125,9 @@ STAGES = [
     (rebuild, "set_value", 14),  # an optimizer slot
     (rebuild, "set_value", 23),  # the last one
     (rebuild, "refresh_graph", 1),
-    (rebuild, "_refresh_metadata", 2),
-    (rebuild, "_set_shapes", 3),
-    (rebuild, "_refresh_elsewhere", 1),
+    (shapes, "_refresh_metadata", 2),
+    (shapes, "_set_shapes", 3),
+    (shapes, "_refresh_elsewhere", 1),
     (rebuild, "renew_functions", 1),
     (slots, "map_slot", 2),
     (rebuild, "rekey_optimizer", 1),

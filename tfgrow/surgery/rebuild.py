@@ -5,24 +5,22 @@ The layer objects *and* the `keras.Variable` objects stay; only the backend vari
 and `optimizer.variables` (by which files store them), names, paths, regularizers, constraints and
 trainable flags cannot change, no initializer runs, and no random state moves.
 
-Of the code that mutates, this is the only file that names private attributes of Keras.
+Of the code that mutates, only this file and `tfgrow.surgery.shapes` name private attributes of
+Keras.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
-import inspect
 import operator
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
-from keras.src import backend
 from keras.src.models.functional import Functional
 from keras.src.ops.function import map_graph
 from keras.src.ops.node import Node
@@ -30,10 +28,10 @@ from keras.src.utils.tracking import DotNotTrackScope, TrackedList, Tracker
 from tensorflow.python.framework import ops as tf_ops
 from tensorflow.python.trackable.data_structures import ListWrapper, _DictWrapper
 
+from tfgrow._keras import graph_of
+from tfgrow.surgery.checks import check_changes
+from tfgrow.surgery.shapes import refresh_graph
 from tfgrow.types import LayerChange, VariableChange
-
-Moved = dict[int, tuple]
-"""The former shapes of the symbolic tensors whose shape the edit changed, by the tensor's id."""
 
 STATEFUL = (
     keras.Operation,
@@ -105,7 +103,7 @@ def apply_changes(model: keras.Model, changes: Sequence[LayerChange]) -> tuple[R
     ((None, 2), 15)
     """
     changes = tuple(changes)
-    _check_changes(model, changes)
+    check_changes(model, changes)
     replaced = []
     for change in changes:
         _set_attributes(change)
@@ -226,23 +224,6 @@ def refill_dict(container: Any, contents: dict) -> None:
         container._update_snapshot()  # the proxy takes the contents for its own doing
 
 
-def refresh_graph(model: keras.Model, changed: Iterable[keras.Layer]) -> None:
-    """Recomputes all symbolic shapes and shape metadata that follow from edited layers.
-
-    Args:
-      model: a built Functional or Sequential model.
-      changed: the layers whose attributes or variables were edited.
-
-    Raises:
-      ValueError: a layer downstream cannot take the new shapes; names it.
-    """
-    changed = list(changed)
-    moved: Moved = {}
-    visited: set[int] = set()
-    _refresh(_functional(model), {id(layer) for layer in changed}, moved, visited)
-    _refresh_elsewhere(changed, moved, visited)
-
-
 # New calls in the graph.
 
 
@@ -252,7 +233,7 @@ def put_calls_first(model: keras.Sequential) -> None:
     `Sequential.add` calls all layers anew and leaves the calls of before where `layer.output` looks
     first: those would go past what is inserted.
     """
-    graph: Any = _functional(model)
+    graph: Any = graph_of(model)
     own = _calls(graph)
     for operation in graph.operations:
         calls = operation._inbound_nodes
@@ -278,7 +259,7 @@ def splice(model: keras.Model, old: keras.KerasTensor, new: keras.KerasTensor) -
     Raises:
       ValueError: the new graph is none: a cycle, a foreign input, or a name that stands twice.
     """
-    graph: Any = _functional(model)
+    graph: Any = graph_of(model)
     for node in _calls(graph):
         _read_instead(node, old, new)
     outputs = keras.tree.map_structure(lambda t: new if t is old else t, graph._outputs_struct)
@@ -372,87 +353,6 @@ def refit_optimizer(
     refill_dict(optimizer._trainable_variables_indices, keys)
 
 
-# Checks: all of them before the first mutation.
-
-
-def _check_changes(model: keras.Model, changes: tuple[LayerChange, ...]) -> None:
-    if not isinstance(model, (Functional, keras.Sequential)):
-        raise TypeError(
-            f"Surgery needs a Functional or Sequential model. Found {model!r} of type "
-            f"{type(model).__name__}. Rebuild it with the functional API."
-        )
-    if _functional(model) is None:
-        raise ValueError(
-            f"Model '{model.name}' is not built, so that it has no graph to edit. Give it an Input "
-            "or call it on a batch first."
-        )
-    members = {id(operation) for operation in _operations(model)}
-    for index, change in enumerate(changes):
-        layer = change.layer
-        if id(layer) not in members:
-            raise ValueError(
-                f"Layer '{layer.name}' is not a node of the graph of model '{model.name}'. Edit "
-                "layers that the model, or a Functional or Sequential model in it, calls itself."
-            )
-        if any(layer is other.layer for other in changes[:index]):
-            raise ValueError(f"Layer '{layer.name}' is changed twice. Merge its changes into one.")
-        _check_layer_change(change)
-
-
-def _check_layer_change(change: LayerChange) -> None:
-    layer = change.layer
-    if getattr(layer, "lora_enabled", False) or getattr(layer, "quantization_mode", None):
-        raise ValueError(
-            f"Layer '{layer.name}' has LoRA or quantized weights, which cannot be resized. Grow "
-            "the model first, then enable LoRA or quantize it."
-        )
-    for name in change.attributes:
-        if not _has(layer, name):
-            raise ValueError(
-                f"Layer '{layer.name}' ({type(layer).__name__}) has no attribute '{name}' to set."
-            )
-    own = {id(variable): variable for variable in layer.weights}
-    for name, variable_change in change.variables.items():
-        variable = operator.attrgetter(name)(layer) if _has(layer, name) else None
-        if id(variable) not in own:
-            raise ValueError(
-                f"Layer '{layer.name}' ({type(layer).__name__}) has no variable '{name}'. It has "
-                f"{sorted(own_variable.name for own_variable in own.values())}."
-            )
-        _check_variable_change(
-            f"Variable '{name}' of layer '{layer.name}'", variable, variable_change
-        )
-
-
-def _check_variable_change(what: str, variable: keras.Variable, change: VariableChange) -> None:
-    old, new = tuple(variable.shape), np.shape(change.value)
-    if len(old) != len(new):
-        raise ValueError(f"{what} has shape {old}; its new value has shape {new}, of another rank.")
-    sized = {source.axis: source for source in change.sources}
-    if len(sized) != len(change.sources):
-        raise ValueError(f"{what}: two sources speak of one axis. Compose them into one.")
-    for axis in range(len(old)):
-        if axis not in sized and old[axis] != new[axis]:
-            raise ValueError(
-                f"{what} changes from {old} to {new}, and no AxisSource says how axis {axis} "
-                "descends from the old one. Add one."
-            )
-    for axis, source in sized.items():
-        if not 0 <= axis < len(old):
-            raise ValueError(f"{what} of shape {old} has no axis {axis}: use 0 to {len(old) - 1}.")
-        lengths = {len(source.source), len(source.value_scale), len(source.gradient_scale)}
-        if lengths != {new[axis]}:
-            raise ValueError(
-                f"{what}: the AxisSource of axis {axis} has {sorted(lengths)} entries, the new "
-                f"value {new[axis]}."
-            )
-        if np.min(source.source) < -1 or np.max(source.source) >= old[axis]:
-            raise ValueError(
-                f"{what}: sources of axis {axis} lie between {np.min(source.source)} and "
-                f"{np.max(source.source)}; expected -1 (newborn) to {old[axis] - 1}."
-            )
-
-
 # Attributes.
 
 
@@ -472,205 +372,6 @@ def _set_attributes(change: LayerChange) -> None:
         )
 
 
-def _has(layer: keras.Layer, path: str) -> bool:
-    """Whether there is an attribute by that dotted path."""
-    try:
-        operator.attrgetter(path)(layer)
-    except AttributeError:
-        return False
-    return True
-
-
 def _plain(value: Any) -> Any:
     """NumPy numbers as Python's, because attributes go into JSON configs."""
     return value.item() if isinstance(value, np.generic) else value
-
-
-# The symbolic graph.
-
-
-def _functional(layer: Any) -> Functional | None:
-    """The graph inside a model, or None of other operations and of models that are not built."""
-    if isinstance(layer, keras.Sequential):
-        return layer._functional
-    return layer if isinstance(layer, Functional) else None
-
-
-def _operations(model: Any) -> Iterator[keras.Operation]:
-    graph = _functional(model)
-    for operation in graph.operations if graph is not None else ():
-        yield operation
-        yield from _operations(operation)
-
-
-def _refresh(graph: Functional, changed: set[int], moved: Moved, visited: set[int]) -> None:
-    """Refreshes the nodes of a graph in topological order, as far as the edit reaches them."""
-    for depth in sorted(graph._nodes_by_depth, reverse=True):
-        for node in graph._nodes_by_depth[depth]:
-            visited.add(id(node))
-            if not node.is_input and _is_reached(node, changed, moved):
-                _refresh_node(node, changed, moved, visited)
-
-
-def _is_reached(node: Node, changed: set[int], moved: Moved) -> bool:
-    return (
-        id(node.operation) in changed
-        or any(id(tensor) in moved for tensor in node.input_tensors)
-        or any(id(operation) in changed for operation in _operations(node.operation))
-    )
-
-
-def _refresh_node(node: Node, changed: set[int], moved: Moved, visited: set[int]) -> None:
-    operation, arguments = node.operation, node.arguments
-    inner = _functional(operation)
-    if inner is not None:
-        _refresh_inputs(inner, node, moved)
-        _refresh(inner, changed, moved, visited)
-    try:
-        if isinstance(operation, keras.Layer):
-            _refresh_metadata(operation, node, moved)
-        specs = _output_specs(node)
-        if inner is None and isinstance(operation, keras.Layer) and operation.weights:
-            # A real (traced) call: attributes, kernels and inputs must agree with one another.
-            traced = backend.compute_output_spec(operation, *arguments.args, **arguments.kwargs)
-            _check_agreement(specs, keras.tree.flatten(traced))
-    except (ValueError, TypeError, IndexError, NotImplementedError, tf.errors.OpError) as error:
-        shapes = [tuple(tensor.shape) for tensor in node.input_tensors]
-        raise ValueError(
-            f"Layer '{operation.name}' ({type(operation).__name__}) does not fit its inputs of "
-            f"shape {shapes} after the edit. Change it in the same edit, or leave its producers as "
-            f"they are. {type(error).__name__}: {error}"
-        ) from error
-    _set_shapes(node, specs, moved)
-
-
-def _output_specs(node: Node) -> list[keras.KerasTensor]:
-    operation = node.operation
-    scope: Any = contextlib.nullcontext()
-    if isinstance(operation, keras.Layer) and operation.compute_dtype != operation.variable_dtype:
-        scope = backend.AutocastScope(operation.compute_dtype)
-    with scope:
-        specs = operation.compute_output_spec(*node.arguments.args, **node.arguments.kwargs)
-    return keras.tree.flatten(specs)
-
-
-def _check_agreement(declared: list, traced: list) -> None:
-    for expected, found in zip(declared, traced, strict=True):
-        pairs = list(zip(expected.shape, found.shape, strict=True))
-        if any(None not in pair and pair[0] != pair[1] for pair in pairs):
-            raise ValueError(
-                f"its attributes say that the output has shape {tuple(expected.shape)}, its "
-                f"variables give {tuple(found.shape)}"
-            )
-
-
-def _set_shapes(node: Node, specs: list[keras.KerasTensor], moved: Moved) -> None:
-    for tensor, spec in zip(node.outputs, specs, strict=True):
-        if tensor.shape != spec.shape:
-            moved.setdefault(id(tensor), tensor.shape)
-            tensor._shape = spec.shape
-
-
-def _refresh_inputs(inner: Functional, node: Node, moved: Moved) -> None:
-    """Lets the symbolic inputs of a nested model follow the tensors it is called on."""
-    for outer, tensor in zip(node.input_tensors, inner.inputs, strict=False):
-        shape = _follow(tensor.shape, outer, moved)
-        if shape != tensor.shape:
-            moved.setdefault(id(tensor), tensor.shape)
-            tensor._shape = shape
-            # What the config of the nested model says; the tensor comes from its InputLayer.
-            tensor._keras_history.operation._batch_shape = shape
-
-
-def _refresh_metadata(layer: keras.Layer, node: Node, moved: Moved) -> None:
-    """Lets input spec and build config follow the shapes of the layer's arguments."""
-    call = inspect.signature(layer.call).bind(*node.arguments.args, **node.arguments.kwargs)
-    first = next(iter(call.arguments.values()))
-    if _functional(layer) is None and layer.input_spec is not None:
-        specs, tensors = keras.tree.flatten(layer.input_spec), keras.tree.flatten(first)
-        renewed = [_follow_spec(*pair, moved) for pair in zip(specs, tensors, strict=False)]
-        layer.input_spec = renewed if isinstance(layer.input_spec, list) else renewed[0]
-    shapes = layer._build_shapes_dict
-    if shapes:
-        layer._build_shapes_dict = {
-            name: _follow(
-                shape,
-                first if len(shapes) == 1 else call.arguments.get(name.removesuffix("_shape")),
-                moved,
-            )
-            for name, shape in shapes.items()
-        }
-
-
-def _follow(stored: Any, argument: Any, moved: Moved) -> Any:
-    """A stored shape (or structure of shapes), with the dimensions that moved in the argument's."""
-    if stored is None or argument is None:
-        return stored
-    if isinstance(argument, keras.KerasTensor):
-        old = moved.get(id(argument), argument.shape)
-        if len(old) != len(stored) or len(old) != len(argument.shape):
-            return stored
-        return tuple(
-            kept if before == after else after
-            for kept, before, after in zip(stored, old, argument.shape, strict=True)
-        )
-    if isinstance(argument, dict):
-        return {name: _follow(shape, argument.get(name), moved) for name, shape in stored.items()}
-    if isinstance(argument, (list, tuple)):
-        return [_follow(*pair, moved) for pair in zip(stored, argument, strict=True)]
-    return stored
-
-
-def _follow_spec(spec: Any, tensor: Any, moved: Moved) -> Any:
-    """A new InputSpec with the dimensions that moved; never an edit of the old one."""
-    if id(tensor) not in moved:
-        return spec
-    old, new = moved[id(tensor)], tensor.shape
-    renewed = copy.copy(spec)
-    renewed.shape = _follow(spec.shape, tensor, moved)
-    renewed.axes = {
-        axis: size if old[axis] == new[axis] else new[axis]
-        for axis, size in (spec.axes or {}).items()
-    }
-    return renewed
-
-
-def _refresh_elsewhere(layers: list[keras.Layer], moved: Moved, visited: set[int]) -> None:
-    """Lets shapes outside the model's graph follow, where the same layers were called too.
-
-    `Sequential.add` leaves such calls behind, and `layer.output` means the first call. A layer
-    there that does not fit belongs to another model, which shares layers: its shapes stay.
-    """
-    for node in _reached_elsewhere(layers, visited):
-        with contextlib.suppress(Exception):
-            _set_shapes(node, _output_specs(node), moved)
-
-
-def _reached_elsewhere(layers: list[keras.Layer], visited: set[int]) -> list[Node]:
-    """Nodes not visited that the layers' outputs reach, producers before consumers."""
-    order: list[Node] = []
-    seen = set(visited)
-
-    def visit(node: Node) -> None:
-        if id(node) not in seen:
-            seen.add(id(node))
-            for consumer in _consumers(node):
-                visit(consumer)
-            order.append(node)
-
-    for layer in layers:
-        for node in layer._inbound_nodes:
-            if id(node) in visited:
-                for consumer in _consumers(node):
-                    visit(consumer)
-            visit(node)
-    return order[::-1]
-
-
-def _consumers(node: Node) -> list[Node]:
-    outputs = {id(tensor) for tensor in node.outputs}
-    return [
-        consumer
-        for consumer in node.operation._outbound_nodes
-        if any(id(tensor) in outputs for tensor in consumer.input_tensors)
-    ]
