@@ -37,6 +37,13 @@ class Ablated(tfgrow.GaussNewtonOracle):
             return found
         return dataclasses.replace(found, gram=np.diag(np.diag(found.gram)))
 
+    def estimate(self, model: Any, candidates: Sequence[Any], batches: Any) -> float | None:
+        """Of the candidates at once, or the sum over each by itself."""
+        if self.joint:
+            return super().estimate(model, candidates, batches)
+        estimator = tfgrow.GaussNewtonEstimator(model, curvature=self.curvature, seed=self.seed)
+        return self.interaction(estimator, candidates, batches).change()
+
 
 def make(name: str, growing: Any, seed: int) -> Ablated:
     """The oracle of a variant, in memory only."""

@@ -43,6 +43,19 @@ def test_independent_candidates_share_nothing():
     assert abs(found.change() - whole.change()) > 1e-6
 
 
+@pytest.mark.parametrize("joint", [True, False])
+def test_the_estimate_of_independent_candidates_is_the_sum_of_theirs(joint):
+    model = compiled(mlp())
+    oracle = ablated.Ablated(seed=0, learn_steps=2, curvature="exact", joint=joint)
+    data = oracle.split(arrays())
+    estimator = tfgrow.GaussNewtonEstimator(model, seed=0)
+    edits = estimator.learn(tfgrow.candidates(model, "add", seed=0), data.learn, steps=2)
+    whole = estimator.interaction(edits, data.score)
+    expected = whole.change() if joint else whole.scores.sum()
+    assert oracle.estimate(model, edits, data.score) == pytest.approx(expected, rel=1e-4)
+    assert abs(whole.change() - whole.scores.sum()) > 1e-4
+
+
 def test_with_nothing_taken_out_it_is_the_oracle():
     found, whole = learned()
     np.testing.assert_allclose(found.gram, whole.gram, rtol=1e-5, atol=1e-9)
