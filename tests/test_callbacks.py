@@ -293,6 +293,51 @@ def test_a_model_in_which_nothing_can_grow():
         fit(model, [blind_growth()])
 
 
+def test_why_no_edit_of_that_kind_is_possible():
+    model = compiled(mlp())
+    growth = Growth(quick_oracle(morphisms="enlarge_kernel"), data=arrays())
+    with pytest.raises(ValueError, match=r"hidden: layer 'hidden' \(Dense\) has no kernel that"):
+        fit(model, [growth])
+
+
+def test_an_optimizer_whose_slots_are_unknown_is_refused_before_it_is_built():
+    model = mlp()
+    model.compile("adafactor", logits_loss())
+    before = state(model)
+    with pytest.raises(ValueError, match=r"slots of optimizer 'adafactor'"):
+        fit(model, [Growth(quick_oracle(), data=arrays(), every=5)], epochs=6)
+    assert_same_bits(state(model), before)
+    assert not model.optimizer.built
+    tfgrow.widen(model, "hidden", 1)  # nothing has to be carried over yet
+
+
+def test_a_layer_that_goes_on_from_batch_to_batch_is_refused():
+    inputs = keras.Input(batch_shape=(16, 5, 4))
+    x = keras.layers.GRU(3, stateful=True, name="memory")(inputs)
+    x = keras.layers.Dense(3)(keras.layers.Dense(3, "relu")(x))
+    model = compiled(tfgrow.convert(keras.Model(inputs, x)))
+    data = np.zeros((32, 5, 4)), np.zeros(32)
+    with pytest.raises(ValueError, match=r"'memory' \(GRU\) is stateful.*stateful=False"):
+        model.fit(*data, batch_size=16, verbose=0, callbacks=[Growth(Blind(), data=data)])
+
+
+def test_a_journal_goes_on(tmp_path):
+    path = tmp_path / "journal.json"
+    model = compiled(mlp())
+    fit(model, [blind_growth(every=1, journal=path)], epochs=3)
+    earlier = tfgrow.Journal.load(path).events
+    growth = blind_growth(every=1, journal=tfgrow.Journal.load(path))
+    history = fit(model, [growth], epochs=2).history
+    assert len(earlier) == 2
+    assert growth.events[:2] == earlier
+    found = [event.to_json() for event in tfgrow.Journal.load(path)]
+    assert found == [event.to_json() for event in growth.events]
+    assert len(found) == 3
+    assert history["tfgrow_events"] == [2, 3]
+    fit(model, [blind_growth(every=1, journal=path)], epochs=2)
+    assert len(tfgrow.Journal.load(path).events) == 1, "a path is a new journal's"
+
+
 def test_a_stock_model_is_refused():
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3), keras.layers.Dense(3)])
     model.compile("adam", logits_loss())

@@ -156,6 +156,52 @@ def test_images_of_several_sizes_in_one_dataset():
     np.testing.assert_allclose(scores, truths, atol=0.1 * np.abs(truths).max())
 
 
+def test_sequences_are_as_long_as_the_longest_of_their_batch():
+    """Scores over batches of several lengths are the mean of those over each length."""
+    keras.utils.set_random_seed(0)
+    tokens = keras.Input((None,), dtype="int32")
+    x = layers.Conv1D(4, 3, padding="same", activation="tanh")(layers.Embedding(9, 3)(tokens))
+    x = layers.Dense(3, "softmax")(layers.GlobalAveragePooling1D()(x))
+    model = compiled(keras.Model(tokens, x))
+    data = [(rng.integers(0, 9, (n, length)), rng.integers(0, 3, n))
+            for n, length in ((4, 5), (4, 7), (2, 6))]  # fmt: skip
+    estimator = tfgrow.GaussNewtonEstimator(model, curvature="exact")
+    learned = small(estimator.learn(tfgrow.candidates(model, new_units=1), data, steps=2), 0.3)
+    scores = estimator.score(learned, data)
+    apart = [estimator.score(learned, batch) for batch in data]
+    np.testing.assert_allclose(scores, np.average(apart, axis=0, weights=[4, 4, 2]), rtol=1e-3)
+    truths = [tfgrow.measure_change(model, [c], data) for c in learned]
+    np.testing.assert_allclose(scores, truths, atol=0.1 * np.abs(truths).max())
+
+
+@pytest.mark.parametrize("everything", [True, False], ids=["floatx", "input"])
+def test_inputs_of_float64(everything):
+    x, y = points()
+    expected = tfgrow.GaussNewtonEstimator(classifier()).loss((x, y))
+    before = keras.config.floatx()
+    try:
+        if everything:
+            keras.config.set_floatx("float64")
+        inputs = keras.Input((6,), dtype="float64")
+        hidden = layers.Dense(4, "relu", name="hidden")(inputs)
+        model = compiled(keras.Model(inputs, layers.Dense(3, "softmax", name="out")(hidden)))
+        model.set_weights(classifier().get_weights())
+        data = x.astype("float64"), y
+        np.testing.assert_allclose(tfgrow.GaussNewtonEstimator(model).loss(data), expected, 1e-5)
+        assert_as_keras_has_it(model, data)
+    finally:
+        keras.config.set_floatx(before)
+
+
+def test_labels_of_bool():
+    x, _ = points()
+    y = x[:, 0] > 0
+    model = classifier()
+    assert_as_keras_has_it(model, (x, y))
+    as_numbers = tfgrow.GaussNewtonEstimator(model).loss((x, y.astype(int)))
+    assert tfgrow.GaussNewtonEstimator(model).loss((x, y)) == as_numbers
+
+
 class Endless(keras.utils.PyDataset):
     num_batches = None
 

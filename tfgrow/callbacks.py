@@ -20,6 +20,7 @@ import numpy as np
 
 from tfgrow import schedules, strategies
 from tfgrow._checks import require_whole
+from tfgrow._keras import layers_within
 from tfgrow.averaging import WeightAverage, refresh_statistics
 from tfgrow.graph.sites import find_sites
 from tfgrow.growth import describe, newborn_of, size_of, widths_changed, widths_of
@@ -68,6 +69,12 @@ class Growth(keras.callbacks.Callback):
     epoch's logs from the first epoch on. An event that brings less than a quarter of what was
     estimated (`GrowthEvent.realized`) gives a warning.
 
+    Estimates and guard see the sample weights of `data` and no `class_weight` of `fit`: give those
+    as sample weights. Kernels with a constraint are projected onto it before the guard judges. The
+    best weights that `EarlyStopping` keeps are widened with the model; after a removal (`"prune"`)
+    they no longer compute what they did, since what stands in for a unit does so in the weights of
+    now.
+
     An event that is cut off by an error or an interrupt leaves model, optimizer, journal and the
     oracle's files as they were before it. Growth that falls due at the end of `fit` happens when
     the next `fit` of the same model begins. A deep copy has the settings and events of the
@@ -84,7 +91,8 @@ class Growth(keras.callbacks.Callback):
       guard: whether to judge a set on held-out batches before it is committed; strategies that
         promise nothing of the loss are never judged.
       tolerance: by how much an event may raise the held-out loss (negative: must lower it).
-      journal: path of a JSON file that holds the events, or None.
+      journal: path of a JSON file that holds the events, which is replaced if it exists; or a
+        `tfgrow.Journal`: `tfgrow.Journal.load(path)` goes on with the events of a file. Or None.
       verbose: 0 silent, 1 a line per event and a progress bar, 2 a line per event; `"auto"` as fit.
       rounds: how many events may follow each other when it grows, until one brings nothing. New
         units of one layer repeat each other, so that an event often gives it one; the next event
@@ -121,7 +129,7 @@ class Growth(keras.callbacks.Callback):
         when: Any = None,
         guard: bool = True,
         tolerance: float = 0.0,
-        journal: str | None = None,
+        journal: str | os.PathLike | Journal | None = None,
         verbose: int | str = "auto",
         rounds: int = 1,
         ema_momentum: float | None = None,
@@ -146,7 +154,7 @@ class Growth(keras.callbacks.Callback):
         self.guard = guard
         self.tolerance = tolerance
         self.verbose = verbose
-        self.journal = Journal(journal)
+        self.journal = journal if isinstance(journal, Journal) else Journal(journal)
         self._finished = False
         self._reported = 0
         self._copies = itertools.count(1)
@@ -234,10 +242,17 @@ class Growth(keras.callbacks.Callback):
             )
         sites = find_sites(self.model)
         if not self.oracle.open_sites(sites):
-            reasons = "; ".join(f"{site.name}: {site.blocked}" for site in sites)
+            reasons = "; ".join(f"{site.name}: {self.oracle.why_closed(site)}" for site in sites)
             raise ValueError(f"Nothing in model '{self.model.name}' can grow. {reasons}")
+        for layer in layers_within(self.model):
+            if getattr(layer, "stateful", False) and isinstance(layer, keras.layers.RNN):
+                raise ValueError(
+                    f"Layer '{layer.name}' ({type(layer).__name__}) is stateful: every batch goes "
+                    "on where the last one ended, and growth looks at batches of its own. Build it "
+                    "with stateful=False."
+                )
         self.oracle.check(self.model, self.data)
-        check_optimizer(self.model)
+        check_optimizer(self.model, unbuilt=True)
 
     # ---- one event --------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ import tensorflow as tf
 from tfgrow._checks import require_whole
 from tfgrow._keras import compiled_loss_weights
 from tfgrow.capture.batches import batches_of, check_finite, forever
+from tfgrow.capture.capture import flat_inputs
 from tfgrow.capture.checks import check_batch, check_loss
 from tfgrow.capture.execute import float32_compute
 from tfgrow.capture.path import needs_moments
@@ -354,7 +355,8 @@ class GaussNewtonEstimator:
 
     def _batch_spec(self, batch):
         """Batches of any size; where the model leaves sizes free, of any size there too."""
-        free = any(None in self._graph.tensors[tensor].shape[1:] for tensor in self._graph.inputs)
+        expected = [self._graph.tensors[tensor].shape for tensor in self._graph.inputs]
+        free = any(None in shape[1:] for shape in expected)
         ranks = [
             len(self._graph.tensors[self._graph.outputs[part.output]].shape)
             for part in self._loss.parts
@@ -368,8 +370,16 @@ class GaussNewtonEstimator:
             return tf.TensorSpec(shape, tensor.dtype)
 
         x, targets, weights = batch
+        read = dict(zip(map(id, flat_inputs(self._graph, x)), expected, strict=True))
+
+        def input_spec(tensor):
+            shape = read.get(id(tensor), ())
+            if len(shape) != tensor.shape.rank:  # not read, or a scalar per sample
+                return spec(tensor, channels=False)
+            return tf.TensorSpec([None, *shape[1:]], tensor.dtype)
+
         return (
-            tf.nest.map_structure(lambda value: spec(value, channels=value.shape.rank > 1), x),
+            tf.nest.map_structure(input_spec, x),
             tuple(spec(y, y.shape.rank == rank) for y, rank in zip(targets, ranks, strict=True)),
             tuple(spec(weight, channels=False) for weight in weights),
         )

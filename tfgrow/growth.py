@@ -26,9 +26,11 @@ def apply(model: keras.Model, candidates: Sequence[Candidate] | Candidate) -> Gr
 
     The same Python object gets the new shape: `summary()`, `count_params()`, `layer.output.shape`,
     `save()`, `export()` and a continuing `fit` all see it, and the optimizer's state is carried
-    over channel by channel. All or nothing: on any error the model is as before. Functions that
-    other models made of the same layers compiled before (`predict` of a feature extractor) go on
-    computing with the weights as they were.
+    over channel by channel. All or nothing: on any error the model is as before. A `tf.function`
+    of your own that was traced before (a train step, `predict` of a feature extractor made of the
+    same layers) goes on computing with the weights as they were, and says nothing: make it anew
+    after every edit. Kernels with a constraint are not projected onto it here, but when they are
+    trained next.
 
     Args:
       model: the growable model the candidates were made for.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Sequence
 
 import keras
@@ -38,9 +37,9 @@ def widen_weights(
     The function they computed is unchanged: layers that are new change nothing in it.
     """
     by_variable = {
-        id(operator.attrgetter(name)(change.layer)): variable_change
+        id(variable): variable_change
         for change in changes
-        for name, variable_change in change.variables.items()
+        for variable, variable_change in change.edited()
     }
     newborn = {
         id(variable): value

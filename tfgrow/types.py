@@ -15,7 +15,8 @@ Words and letters used everywhere:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import operator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -124,6 +125,11 @@ class LayerChange:
     variables: Mapping[str, VariableChange]
     build_shapes: Mapping[str, Mapping[str, tuple]] = dataclasses.field(default_factory=dict)
     inserted: tuple[np.ndarray, ...] | None = None
+
+    def edited(self) -> Iterator[tuple[Any, VariableChange]]:
+        """The live variables that change, and how."""
+        for name, change in self.variables.items():
+            yield operator.attrgetter(name)(self.layer), change
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

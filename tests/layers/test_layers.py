@@ -218,6 +218,22 @@ def test_growable_classes_are_registered_twins_of_stock_classes(growable):
     assert type(restored) is growable
 
 
+@pytest.mark.parametrize("kind", [layers.Dropout, layers.AlphaDropout])
+@pytest.mark.parametrize(
+    ("shape", "open_"), [(None, True), ((None, 1, 1, None), True), ((None, 1, 1, 3), False)]
+)
+def test_noise_of_a_fixed_number_of_channels_blocks(kind, shape, open_):
+    parts = [layers.Conv2D(3, 3, name="conv"), kind(0.3, noise_shape=shape), layers.Flatten()]
+    model = keras.Sequential([keras.Input((6, 6, 2)), *parts, layers.Dense(3)])
+    model = tfgrow.convert(model)
+    (site,) = (site for site in tfgrow.find_sites(model) if site.name == "conv")
+    if not open_:
+        assert "noise_shape=(None, 1, 1, 3), for 3 channels" in site.blocked
+        return
+    tfgrow.widen(model, "conv", 2)
+    assert model(np.ones((2, 6, 6, 2)), training=True).shape == (2, 3)
+
+
 @pytest.mark.parametrize(
     ("build", "reason"),
     [

@@ -184,6 +184,30 @@ def test_the_parts_have_no_sample_in_common(samples, kind):
     assert len(seen[0]) >= len(seen[1]) >= len(seen[2]) or samples < 14
 
 
+@pytest.mark.parametrize("wanted", [(8, 4, 2), (30, 20, 10)], ids=["enough", "too few"])
+def test_samples_of_different_shapes_stay_apart(wanted):
+    """Sequences are as long as the longest of their batch."""
+    x = [np.full((4, 2 + n % 3), n, "float32") for n in range(14)]
+    parts = split_data([(one, one[:, 0]) for one in x], *wanted)
+    batches = [*parts.learn, *parts.score, *parts.held_out]
+    found = np.concatenate([y for _, y, _ in batches])
+    np.testing.assert_array_equal(np.sort(found), np.repeat(np.arange(14), 4))
+    for one, y, _ in batches:
+        assert one.shape[1] == 2 + int(y[0]) % 3
+    assert all(len(part) for part in (parts.learn, parts.score, parts.held_out))
+    assert (len(batches) == 14) == (sum(wanted) == 14)
+
+
+@pytest.mark.parametrize("wanted", [(200, 1, 1), (1, 200, 1), (1, 1, 200), (100, 100, 1)])
+@pytest.mark.parametrize("samples", [3, 4, 50, 90])
+def test_no_part_is_empty_however_unequal_they_are(wanted, samples):
+    x = np.arange(samples, dtype="float32")[:, None]
+    parts = split_data((x, x), *wanted)
+    sizes = [len(part) for part in (parts.learn, parts.score, parts.held_out)]
+    assert min(sizes) >= 1
+    assert sum(sizes) == samples
+
+
 def test_endless_data_is_read_no_further_than_needed():
     read = []
 

@@ -87,6 +87,29 @@ def test_a_rejection_leaves_no_trace(trained, worse):
     assert commit(trained, every, Losses(1.0, 0.5)).alpha == 1.0
 
 
+def test_what_is_measured_is_within_the_constraints_of_kernels():
+    """As the next step of training would leave it."""
+    limit = keras.constraints.MaxNorm(0.3)
+    dense = keras.layers.Dense(4, "tanh", kernel_constraint=limit, name="a")
+    last = keras.layers.Dense(3, kernel_constraint=limit, name="b")
+    model = compiled(tfgrow.convert(keras.Sequential([keras.Input((4,)), dense, last])))
+    fit(model, [], epochs=1)
+    seen = []
+
+    def norms(model):
+        seen.append(np.linalg.norm(model.get_layer("b").kernel.numpy(), axis=0))
+        return -1.0 * len(seen)
+
+    assert commit(model, candidates_of(model, "add"), norms).alpha == 1.0
+    before, after = seen
+    assert before.max() <= 0.3 + 1e-5
+    assert after.max() <= 0.3 + 1e-5
+    assert model.get_layer("b").kernel.shape == (5, 3)
+    tfgrow.apply(model, candidates_of(model, "add"))
+    free = np.linalg.norm(model.get_layer("b").kernel.numpy(), axis=0)
+    assert free.max() > 0.5, "the edits stayed within the constraint by themselves"
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
 @pytest.mark.parametrize("calls", [1, 2])
 def test_an_error_leaves_no_trace(trained, error, calls):

@@ -175,6 +175,26 @@ def test_old_slots_stay_new_ones_are_neutral_and_files_agree(name, tmp_path):
     assert_trains_on_like_its_file(model, tmp_path / "deeper.keras")
 
 
+def test_what_an_optimizer_does_not_list_stays_with_it():
+    """Inside a LossScaleOptimizer Keras neither lists nor saves the product that Nadam keeps."""
+    scaled = keras.optimizers.LossScaleOptimizer
+    model = trained_net(lambda: scaled(keras.optimizers.Nadam(0.01)))
+    nadam = model.optimizer.inner_optimizer
+    product = float(nadam._u_product.numpy())
+    assert product < 1.0
+    assert not any(variable is nadam._u_product for variable in nadam.variables)
+    moments = {v.path: v.numpy() for v in nadam._velocities}
+    insert_after(model, "relu", conv())
+    assert float(nadam._u_product.numpy()) == product
+    assert not any(variable is nadam._u_product for variable in nadam.variables)
+    assert len(nadam._velocities) == len(model.trainable_variables) > len(moments)
+    for velocity in nadam._velocities:
+        if velocity.path in moments:
+            assert_same_bits([velocity.numpy()], [moments[velocity.path]])
+    model.train_on_batch(*batch())
+    assert float(nadam._u_product.numpy()) < product
+
+
 def test_slots_move_with_their_weights_when_the_order_of_old_layers_changes():
     model = two_ways(optimizer="adam", run_eagerly=True)
     model.train_on_batch(*vectors())

@@ -126,7 +126,7 @@ def prepare_inputs(graph: Graph, x) -> list:
     prepared = []
     for tensor, value in zip(graph.inputs, flat_inputs(graph, x), strict=True):
         reference = graph.tensors[tensor]
-        value = tf.cast(value, reference.dtype)
+        value = tf.cast(value, "float32" if reference.dtype == "float64" else reference.dtype)
         if len(value.shape) == len(reference.shape) - 1 and reference.shape[-1] == 1:
             value = value[..., None]
         prepared.append(value)

@@ -44,6 +44,7 @@ def check_batch(
 
 
 def _check_labels(model, y, classes: range, of: str) -> None:
+    y = tf.cast(y, tf.float32)  # they may be bool
     low, high = float(tf.reduce_min(y)), float(tf.reduce_max(y))
     if low < classes.start or high >= classes.stop:
         raise ValueError(

@@ -111,14 +111,15 @@ def weights_of(layer) -> Mapping[str, Any]:
 def float32_compute(model: keras.Model):
     """While a graph is traced inside this block, all layers compute in float32.
 
-    Half-precision activations would drown the small differences that growth is decided by.
+    Half-precision activations would drown the small differences that growth is decided by, and
+    weights are taken in float32, beside which others won't do.
     """
     layers = [layer for layer in layers_within(model) if layer.compute_dtype != "float32"]
     policies = [layer.dtype_policy for layer in layers]
     try:
         for layer, policy in zip(layers, policies, strict=True):
-            half = policy.compute_dtype in ("float16", "bfloat16")
-            layer.dtype_policy = keras.DTypePolicy("float32") if half else policy
+            other = policy.compute_dtype in ("float16", "bfloat16", "float64")
+            layer.dtype_policy = keras.DTypePolicy("float32") if other else policy
         yield
     finally:
         for layer, policy in zip(layers, policies, strict=True):

@@ -29,6 +29,16 @@ def _elementwise(layer) -> str | None:
     return None if is_elementwise(layer.activation) else unknown_activation(layer)
 
 
+def _any_channels(layer) -> str | None:
+    shape = layer.noise_shape
+    if shape is None or tuple(shape)[-1] in (None, 1):
+        return None
+    return (
+        f"layer '{layer.name}' ({type(layer).__name__}) has noise_shape={tuple(shape)}, for "
+        f"{shape[-1]} channels and no others; put None in their place"
+    )
+
+
 def _one_scale(layer) -> str | None:
     if np.ndim(layer.scale) == 0 and np.ndim(layer.offset) == 0:
         return None
@@ -104,6 +114,8 @@ def _known(pattern: str, *choices: Iterable) -> list[type]:
 
 for _class in (layers.ReLU, layers.LeakyReLU, layers.ELU, *_IDENTITIES):
     register_channelwise(_class)
+for _class in (layers.Dropout, layers.AlphaDropout):
+    register_channelwise(_class, _any_channels)
 for _class in (
     layers.MaxPooling1D,
     layers.MaxPooling2D,

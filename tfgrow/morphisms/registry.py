@@ -214,11 +214,16 @@ def open_sites(every: Iterable[Site], kinds: Sequence[Morphism]) -> list[Site]:
     return [site for site in every if any(kind.reason(site) is None for kind in kinds)]
 
 
+def why_closed(site: Site, kinds: Sequence[Morphism]) -> str:
+    """Why none of some kinds of edits is possible at a site."""
+    return ", and ".join(dict.fromkeys(str(kind.reason(site)) for kind in kinds))
+
+
 def _chosen(model, every: Sequence[Site], kinds: Sequence[Morphism], wanted) -> list[Site]:
     if wanted is None:
         chosen = open_sites(every, kinds)
         if not chosen:
-            reasons = "; ".join(f"{site.name}: {kinds[0].reason(site)}" for site in every)
+            reasons = "; ".join(f"{site.name}: {why_closed(site, kinds)}" for site in every)
             raise ValueError(f"Nothing in model '{model.name}' can grow. {reasons}")
         return chosen
     by_name = {name: site for site in every for name in site.names}
@@ -232,7 +237,7 @@ def _chosen(model, every: Sequence[Site], kinds: Sequence[Morphism], wanted) -> 
         if isinstance(item, Site):
             check_current(model, item)
         if not open_sites([by_name[name]], kinds):
-            raise ValueError(f"Site '{name}' can't grow: {kinds[0].reason(by_name[name])}.")
+            raise ValueError(f"Site '{name}' can't grow: {why_closed(by_name[name], kinds)}.")
         if by_name[name] not in chosen:
             chosen.append(by_name[name])
     return chosen

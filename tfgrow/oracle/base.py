@@ -179,6 +179,10 @@ class GrowthOracle(keras_tuner.Oracle, abc.ABC):
         """The sites at which the strategy could do something; by default those that can widen."""
         return [site for site in sites if site.blocked is None]
 
+    def why_closed(self, site: Site) -> str:
+        """Why the strategy can do nothing at a site that is not among `open_sites`."""
+        return str(site.blocked)
+
     def split(self, dataset: Any) -> GrowthData:
         """Disjoint batches of a dataset for one step: to learn on, to score with, to judge by."""
         if isinstance(dataset, GrowthData):

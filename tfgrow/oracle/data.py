@@ -41,9 +41,14 @@ def split_data(
     if len(batches) < sum(wanted):
         batches = _finer(batches, sum(wanted))
     check_size(len(batches))
-    first = max(1, math.floor(len(batches) * learn / sum(wanted)))
-    last = max(1, math.floor(len(batches) * held_out / sum(wanted)))
+    last = min(_share(len(batches), held_out, wanted), len(batches) - 2)
+    first = min(_share(len(batches), learn, wanted), len(batches) - last - 1)
     return GrowthData(batches[:first], batches[first:-last], batches[-last:])
+
+
+def _share(batches: int, part: int, wanted: tuple[int, ...]) -> int:
+    """How many of the batches a part gets, of those that were wanted for all."""
+    return max(1, math.floor(batches * part / sum(wanted)))
 
 
 def check_size(samples: int) -> None:
@@ -56,11 +61,26 @@ def check_size(samples: int) -> None:
 
 
 def _finer(batches: list[Batch], pieces: int) -> list[Batch]:
-    """The same samples in about `pieces` batches of equal size."""
-    whole = map_arrays(lambda *parts: tf.concat(parts, axis=0), *batches)
-    samples = size_of_batch(whole)
-    size = max(1, samples // pieces)
+    """The same samples in about `pieces` batches of equal size, or more of less equal ones.
+
+    Samples of different shapes, sequences as long as the longest of their batch, stay apart.
+    """
+    size = max(1, sum(size_of_batch(batch) for batch in batches) // pieces)
+    if len({_shapes(batch) for batch in batches}) == 1:
+        batches = [map_arrays(lambda *parts: tf.concat(parts, axis=0), *batches)]
+    return [piece for batch in batches for piece in _pieces(batch, size)]
+
+
+def _shapes(batch: Batch) -> tuple:
+    """The shapes of its samples."""
+    return tuple(tuple(part.shape[1:]) for part in tf.nest.flatten(batch) if part is not None)
+
+
+def _pieces(batch: Batch, size: int) -> list[Batch]:
+    """A batch cut into batches of one size; what is too small for one is left out."""
+    samples = size_of_batch(batch)
+    size = min(size, samples)
     return [
-        map_arrays(lambda part: part[start : start + size], whole)  # noqa: B023
+        map_arrays(lambda part: part[start : start + size], batch)  # noqa: B023
         for start in range(0, samples - size + 1, size)
     ]

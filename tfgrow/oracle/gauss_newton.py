@@ -29,6 +29,7 @@ from tfgrow.morphisms.registry import (
     new_widths,
     open_sites,
     several,
+    why_closed,
 )
 from tfgrow.oracle.base import GrowthOracle
 from tfgrow.oracle.data import GrowthData, check_size, split_data
@@ -342,6 +343,10 @@ class GaussNewtonOracle(GrowthOracle):
     def open_sites(self, sites: Sequence[Site]) -> list[Site]:
         """The sites at which one of the oracle's kinds of edits is possible."""
         return open_sites(sites, self.morphisms)
+
+    def why_closed(self, site: Site) -> str:
+        """Why none of the oracle's kinds of edits is possible at a site."""
+        return why_closed(site, self.morphisms)
 
     def _smallest(self, sites: Sequence[Site], costs: CostModel) -> list[Cost]:
         """What the smallest edits cost: to bring a site to its next allowed width, and others."""

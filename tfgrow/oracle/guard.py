@@ -81,7 +81,7 @@ def commit(
         if not scaled:
             continue
         with growth_transaction(model) as attempt:
-            changes = apply_edits(model, edits_of(scaled))
+            changes = _applied(model, scaled)
             after = loss_of(model)
             if not after <= before + tolerance:  # true for NaN too
                 attempt.rollback()
@@ -90,9 +90,19 @@ def commit(
             if alpha != 1.0 and estimate_of is not None:
                 attempt.rollback()
                 estimate = estimate_of(scaled)
-                changes = apply_edits(model, edits_of(scaled))
+                changes = _applied(model, scaled)
             return Outcome(alpha, tuple(scaled), tuple(changes), before, after, estimate)
     return Outcome(0.0, (), (), before, after)
+
+
+def _applied(model: keras.Model, candidates: Sequence[Candidate]) -> list[LayerChange]:
+    """Applies candidates as the next step of training would leave them: within constraints."""
+    changes = apply_edits(model, edits_of(candidates))
+    for change in changes:
+        for variable, _ in change.edited():
+            if variable.constraint is not None:
+                variable.assign(variable.constraint(variable))
+    return changes
 
 
 def _scaled(candidates: Sequence[Candidate], alpha: float, whole: bool = False) -> list[Candidate]:

@@ -93,13 +93,18 @@ def register_slots(
     _SLOTS[optimizer_class] = {name: SlotKind(kind) for name, kind in slots.items()}
 
 
-def check_optimizer(model: keras.Model) -> None:
+def check_optimizer(model: keras.Model, unbuilt: bool = False) -> None:
     """Raises ValueError if slots of the model's optimizer can't be carried over; touches nothing.
 
-    A model without optimizer, and an optimizer that is not built yet, are fine.
+    Args:
+      model: one without optimizer is fine.
+      unbuilt: whether an optimizer that has no slots yet must be one whose slots are known, too.
     """
-    for optimizer in _built_optimizers(model):
-        _slot_lists(optimizer)
+    for optimizer in _optimizers(model):
+        if optimizer.built:
+            _slot_lists(optimizer)
+        elif unbuilt:
+            _slot_kinds(optimizer)
 
 
 def grow_optimizer(model: keras.Model, replaced: Iterable[rebuild.Replacement]) -> None:
@@ -187,7 +192,9 @@ def _extend(optimizer: keras.optimizers.Optimizer, weights: list[keras.Variable]
             slots[name].append(slot)
     kept = {id(slot) for of_weights in slots.values() for slot in of_weights}
     counters = [v for v in own_variables(optimizer) if id(v) not in kept]
-    theirs = [v for v in own_variables(guide) if id(v) not in place]
+    hidden = {id(getattr(guide, name, None)) for name in _unlisted(optimizer)}
+    listed = [v for v in own_variables(guide) if id(v) not in hidden]
+    theirs = [v for v in listed if id(v) not in place]
     if [v.shape for v in counters] != [v.shape for v in theirs]:
         raise ValueError(
             f"Optimizer '{optimizer.name}' ({type(optimizer).__name__}) made from its config has "
@@ -196,8 +203,21 @@ def _extend(optimizer: keras.optimizers.Optimizer, weights: list[keras.Variable]
             "describe it."
         )
     place.update((id(v), counter) for v, counter in zip(theirs, counters, strict=True))
-    variables = [place[id(variable)] for variable in own_variables(guide)]
+    variables = [place[id(variable)] for variable in listed]
     rebuild.refit_optimizer(optimizer, weights, variables, slots)
+
+
+def _unlisted(optimizer: keras.optimizers.Optimizer) -> list[str]:
+    """Attributes that hold variables which the optimizer does not list among its own.
+
+    Inside a `LossScaleOptimizer` Keras leaves out the product that Nadam keeps.
+    """
+    listed = {id(variable) for variable in own_variables(optimizer)}
+    return [
+        name
+        for name, value in vars(optimizer).items()
+        if isinstance(value, keras.Variable) and id(value) not in listed
+    ]
 
 
 def _built_alike(optimizer, weights: list[keras.Variable]) -> keras.optimizers.Optimizer:
@@ -268,7 +288,11 @@ def _inherit(
 
 
 def _built_optimizers(model: keras.Model) -> Iterator[keras.optimizers.Optimizer]:
-    """The built optimizers of the model and of models inside it, wrappers included.
+    return (optimizer for optimizer in _optimizers(model) if optimizer.built)
+
+
+def _optimizers(model: keras.Model) -> Iterator[keras.optimizers.Optimizer]:
+    """The optimizers of the model and of models inside it, wrappers included.
 
     Those that a model keeps in other attributes too: a train step of its own may use several.
     """
@@ -277,8 +301,7 @@ def _built_optimizers(model: keras.Model) -> Iterator[keras.optimizers.Optimizer
     for optimizer in (item for value in kept for item in _items(value)):
         while isinstance(optimizer, keras.optimizers.Optimizer) and id(optimizer) not in seen:
             seen.add(id(optimizer))
-            if optimizer.built:
-                yield optimizer
+            yield optimizer
             optimizer = getattr(optimizer, "inner_optimizer", None)
 
 

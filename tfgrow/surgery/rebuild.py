@@ -107,8 +107,7 @@ def apply_changes(model: keras.Model, changes: Sequence[LayerChange]) -> tuple[R
     replaced = []
     for change in changes:
         _set_attributes(change)
-        for name, variable_change in change.variables.items():
-            variable = operator.attrgetter(name)(change.layer)
+        for variable, variable_change in change.edited():
             old = variable.numpy()
             set_value(model, variable, variable_change.value)
             replaced.append(Replacement(variable, old, variable_change))
