@@ -574,6 +574,9 @@ def test_no_candidates_or_something_else_is_refused():
         estimator_of(model).score([], data)
     with pytest.raises(TypeError, match="Expected a Candidate, found str"):
         estimator_of(model).score(["hidden"], data)
+    single = tfgrow.candidates(model, "split")[0]
+    with pytest.raises(TypeError, match="list of candidates, found a single <Candidate split"):
+        estimator_of(model).score(single, data)
 
 
 @pytest.mark.parametrize("kinds", [("split", "add"), ("add", "split")])

@@ -134,6 +134,8 @@ def prune(model: keras.Model, layer: str, units: Sequence[int]) -> GrowthEvent:
     if not isinstance(layer, str):
         raise TypeError(f"prune takes the name of a layer, found {layer!r}.")
     removable = {c.unit: c for c in make_candidates(model, ("prune",), sites=[layer])}
+    if not removable:
+        raise ValueError(f"Layer '{layer}' has a single unit, which can't be removed.")
     wanted = list(units)
     unknown = [unit for unit in wanted if unit not in removable]
     if unknown or not wanted or len(set(wanted)) < len(wanted):

@@ -404,6 +404,14 @@ def test_units_that_are_not_there_cannot_be_pruned(units):
         tfgrow.prune(model, 3, [0])
 
 
+def test_the_last_unit_cannot_be_pruned():
+    model = by_name("perceptron").model()
+    units = model.get_layer("dense1").units
+    tfgrow.prune(model, "dense1", range(1, units))
+    with pytest.raises(ValueError, match="'dense1' has a single unit, which can't be removed"):
+        tfgrow.prune(model, "dense1", [0])
+
+
 def test_kept_weights_are_pruned_as_the_model_was():
     """What EarlyStopping keeps follows: the same units stand in, in the same shares."""
     model = by_name("perceptron").model()

@@ -264,6 +264,8 @@ def group_candidates(model: keras.Model, chosen: Sequence[Candidate]) -> tuple[l
     Returns:
       The groups, and for each the positions of its candidates in `chosen`.
     """
+    if isinstance(chosen, Candidate):
+        raise TypeError(f"Expected a list of candidates, found a single {chosen!r}.")
     if not chosen:
         raise ValueError("No candidates given; make some with tfgrow.candidates(model).")
     members: dict[tuple, list[int]] = {}
