@@ -182,6 +182,12 @@ def assert_as_on(picture, model):
         assert found == picture[name], name
 
 
+def slot_kind(optimizer_name, slot_name):
+    """What a slot is by its variable's name; one optimizer calls averaged weights its momentum."""
+    averaged = (optimizer_name, slot_name) == ("schedule free", "momentum")
+    return "average" if averaged else slot_name
+
+
 OPTIMIZERS = {
     "sgd": lambda: keras.optimizers.SGD(0.01),
     "momentum": lambda: keras.optimizers.SGD(0.01, momentum=0.9, clipnorm=1.0),
@@ -197,6 +203,11 @@ OPTIMIZERS = {
     "adagrad": lambda: keras.optimizers.Adagrad(0.01),
     "adadelta": lambda: keras.optimizers.Adadelta(0.1),
     "lion": lambda: keras.optimizers.Lion(0.001),
+    **(
+        {"schedule free": lambda: keras.optimizers.ScheduleFreeAdamW(0.01)}
+        if hasattr(keras.optimizers, "ScheduleFreeAdamW")
+        else {}
+    ),
     "loss scale": lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam(0.01)),
 }
 

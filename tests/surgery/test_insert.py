@@ -17,6 +17,7 @@ from tests.surgery.hand_made import (
     convolutional_net,
     live_variables,
     photograph,
+    slot_kind,
     trained_net,
     values,
 )
@@ -152,10 +153,11 @@ def test_old_slots_stay_new_ones_are_neutral_and_files_agree(name, tmp_path):
         weight = next(w for w in weights if variable.name.startswith(w + "_"))
         assert weight.startswith(("new_", "skip_"))
         born += 1
-        kind = variable.name.removeprefix(weight + "_")
+        slot = variable.name.removeprefix(weight + "_")
         kin = [
-            value.ravel() for w in weights if (value := old.get(f"{w}_{kind}")) is not None
+            value.ravel() for w in weights if (value := old.get(f"{w}_{slot}")) is not None
         ]  # the slots of that kind that were there
+        kind = slot_kind(name, slot)
         if kind == "average":
             expected = weights[weight]
         elif kind in ("momentum", "average_gradient", "gradient_accumulator"):

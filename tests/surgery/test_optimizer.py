@@ -17,6 +17,7 @@ from tests.surgery.hand_made import (
     consumed,
     convolutional_net,
     produced,
+    slot_kind,
     trained_net,
     values,
     widen,
@@ -92,7 +93,7 @@ def test_slots_follow_the_formula_and_go_through_files(name, tmp_path):
         if weight is None:
             np.testing.assert_array_equal(value, before[slot])
             continue
-        kind = slot.removeprefix(weight + "_")
+        kind = slot_kind(name, slot.removeprefix(weight + "_"))
         if kind == "average":
             expected = slow_average(before[slot], weights[weight], edited[weight])
         else:

@@ -55,6 +55,11 @@ _SLOTS: dict[type, dict[str, SlotKind]] = {
     },
     keras.optimizers.Lion: {"_momentums": SlotKind.GRADIENT},
 }
+if hasattr(keras.optimizers, "ScheduleFreeAdamW"):  # not in every version of Keras 3
+    _SLOTS[keras.optimizers.ScheduleFreeAdamW] = {
+        "_momentums": SlotKind.WEIGHT,  # what it calls so is the weights that it averages
+        "_velocities": SlotKind.SQUARED_GRADIENT,
+    }
 # What every optimizer can have besides: gradient accumulation and moving averages of weights.
 _COMMON = {
     "_accumulated_gradients": SlotKind.GRADIENT,
