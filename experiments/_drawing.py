@@ -62,4 +62,9 @@ def plain_log_ticks(axes: Any, values: Sequence[float], at_values: bool = False)
     locator = FixedLocator(sorted(set(values))) if at_values else LogLocator(subs=(1, 2, 5))
     axes.xaxis.set_major_locator(locator)
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k")
+    axes.xaxis.set_major_formatter(lambda value, _: _rounded(value))
+
+
+def _rounded(value: float) -> str:
+    """A large number in thousands or millions."""
+    return f"{value / 1e6:g}M" if value >= 1e6 else f"{value / 1e3:g}k"

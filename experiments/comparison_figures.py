@@ -14,6 +14,9 @@ import numpy as np
 from experiments._drawing import MARKERS, MORE, PALETTE, new_figure, plain_log_ticks, write
 from experiments.measures import mean_and_std
 
+MOST_LEVEL = 7
+"""With more layers than that their names are slanted, or they would run into each other."""
+
 PLACE = ("dataset", "model", "budget_in")
 """What has pictures of its own."""
 
@@ -194,7 +197,8 @@ def plot_widths(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str])
                 left = np.arange(len(layers)) + style.place * 0.8 / len(known)
                 means = [np.mean([each.get(layer, 0) for each in same]) for layer in layers]
                 axes.bar(left, means, 0.8 / len(known), color=style.color)
-        axes.set_xticks(range(len(layers)), layers)
+        slanted = {"rotation": 20, "ha": "right"} if len(layers) > MOST_LEVEL else {}
+        axes.set_xticks(range(len(layers)), layers, **slanted)
         budget = f"at most {largest:,} {UNITS[place[2]]}"
         axes.set(ylabel="units", title=f"{place[0]}, {place[1]}, {budget}")
     _label_methods(figure, known)
