@@ -129,7 +129,8 @@ def define_common_flags(values: flags.FlagValues) -> None:
         0.0, 1.0, flag_values=values,
     )  # fmt: skip
     flags.DEFINE_float(
-        "cost_exponent", 0.5, "Gains of gauss_newton are per cost to the power of this.", 0.0, 1.0,
+        "cost_exponent", None, "Gains of gauss_newton are per cost to the power of this; 0.5 by "
+        "default, or 1 where budgets count FLOPs.", 0.0, 1.0,
         flag_values=values,
     )  # fmt: skip
     flags.DEFINE_enum(
@@ -156,6 +157,8 @@ def define_common_flags(values: flags.FlagValues) -> None:
 def common_settings(options: Any) -> dict[str, Any]:
     """The flags that all cells share, widths as numbers."""
     common = {name: getattr(options, name) for name in COMMON}
+    if common["cost_exponent"] is None:
+        common["cost_exponent"] = 1.0 if options.budget_in == FLOPS else 0.5
     return common | {"widths": common["widths"] and [int(text) for text in common["widths"]]}
 
 

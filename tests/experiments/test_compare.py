@@ -60,6 +60,16 @@ def test_cells_are_seed_by_seed_and_what_they_need_comes_first():
     assert len({cell.path for cell in cells}) == len(cells)
 
 
+def test_gains_are_per_flop_where_budgets_count_flops():
+    def exponents(*arguments):
+        cells = compare.cells_of(options("--methods=gauss_newton", *arguments))
+        return {cell.settings["cost_exponent"] for cell in cells}
+
+    assert exponents() == {0.5}
+    assert exponents("--budget_in=flops") == {1.0}
+    assert exponents("--budget_in=flops", "--cost_exponent=0.25") == {0.25}
+
+
 def test_seeds_may_begin_where_others_ended():
     cells = list(compare.cells_of(options("--first_seed=3", "--seeds=2")))
     assert sorted({cell.seed for cell in cells}) == [3, 4]

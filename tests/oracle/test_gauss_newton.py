@@ -345,3 +345,6 @@ def test_the_cost_exponent_reaches_the_selection():
     assert limits.cost_exponent == 0.25
     assert tfgrow.GaussNewtonOracle(score="raw").limits(10).cost_exponent == 1.0
     assert tfgrow.GaussNewtonOracle(score="worth").limits(10).cost_exponent == 0.5
+    for budget, exponent in (({"max_params": 50}, 0.5), ({"max_flops": 50}, 1.0),
+                             ({"max_params": 50, "max_flops": 50}, 0.5)):  # fmt: skip
+        assert tfgrow.GaussNewtonOracle(**budget).cost_exponent == exponent

@@ -14,7 +14,15 @@ from tfgrow.graph.nodes import trace
 from tfgrow.graph.sites import sites_of
 from tfgrow.morphisms.registry import get, several
 from tfgrow.oracle.limits import Limits
-from tfgrow.oracle.worth import MOST_TIMES, PRICE_RANGE, RETURNS, Widening, most_units, pick
+from tfgrow.oracle.worth import (
+    MOST_TIMES,
+    PRICE_RANGE,
+    RETURNS,
+    SPREAD,
+    Widening,
+    most_units,
+    pick,
+)
 from tfgrow.types import Interaction
 
 
@@ -65,6 +73,29 @@ def test_the_next_unit_goes_where_it_is_worth_most_for_its_cost(exponent):
     assert reason == "limit of 12 edits reached"
     assert {**dict.fromkeys(worth, 0), **wanted} == extra
     assert wanted == EXPECTED[exponent]
+
+
+@pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0])
+def test_where_only_flops_count_the_root_of_the_worth_does(exponent):
+    """Beside what always taking the best single unit comes to."""
+    sites, costs = parts_of(convolutions())
+    worth = {"c0": 4.0, "c1": 1.0, "c2": 0.25, "c3": 0.04}
+    extra = dict.fromkeys(worth, 0)
+    for _ in range(9):
+        before = costs.extra(extra).flops
+
+        def rate(site, extra=extra, before=before):
+            price = costs.extra({**extra, site.name: extra[site.name] + 1}).flops - before
+            gain = (site.units / (site.units + extra[site.name])) ** RETURNS
+            return gain * worth[site.name] ** SPREAD / price**exponent
+
+        best = max(sites, key=rate).name
+        extra = {**extra, best: extra[best] + 1}
+    limits = Limits(edits=9, params=10**6, prices=(0.0, 1.0), cost_exponent=exponent)
+    wanted, _ = widening(worth, sites, costs).allocate(limits)
+    assert {**dict.fromkeys(worth, 0), **wanted} == extra
+    in_params = dataclasses.replace(limits, prices=None)
+    assert widening(worth, sites, costs).allocate(in_params)[0] != wanted
 
 
 EXPECTED = {

@@ -340,9 +340,14 @@ class GrowthOracle(keras_tuner.Oracle, abc.ABC):
             step=share < left,
             flops=None if self.max_flops is None else max(0, self.max_flops - int(flops or 0)),
             # that a step may only spend so many parameters does not make them a budget
-            prices=(0.0, 1.0) if self.max_params is None and self.max_flops is not None else None,
+            prices=(0.0, 1.0) if self.counts_flops else None,
             edits=self.growth_per_step if isinstance(self.growth_per_step, int) else None,
         )
+
+    @property
+    def counts_flops(self) -> bool:
+        """Whether FLOPs are the only budget, so that gains are compared per FLOP."""
+        return self.max_params is None and self.max_flops is not None
 
     def site_names(self, names: Sequence[str | Sequence[str]]) -> list[str]:
         """Those of `names` that `include` and `exclude` leave.

@@ -41,7 +41,7 @@ from tfgrow.types import Cost, Interaction, Plan
 SCORES = ("auto", "raw", "marginal", "worth")
 
 ROOT = 0.5
-"""What units are worth is compared per root of their cost; `docs/ablation.md` has other powers."""
+"""What units are worth is compared per root of their parameters; see `docs/ablation.md`."""
 
 SETTLING_SHARE = 0.6
 """Of the batches to learn on, so many tell the step of the weights there are, others its length."""
@@ -86,7 +86,7 @@ class GaussNewtonOracle(GrowthOracle):
         `"raw"`.
       cost_exponent: gains are compared per cost to the power of this, from 0 (as they are) to 1
         (per parameter, or per FLOP if `max_flops` is the only budget); by default 0.5 of what units
-        are worth, else 1.
+        are worth unless only FLOPs count, else 1.
       growth_per_step: a fraction is the most parameters one step may add, relative to those the
         model has; a whole number is the most edits.
       **kwargs: budget (`max_params`, `max_flops`, `min_gain_per_param`, `round_to`), choice of
@@ -139,7 +139,7 @@ class GaussNewtonOracle(GrowthOracle):
             require_whole(name, value)
         self.score = self._score(score, others)
         if cost_exponent is None:
-            cost_exponent = ROOT if self.score == "worth" else 1.0
+            cost_exponent = ROOT if self.score == "worth" and not self.counts_flops else 1.0
         self._limits = dataclasses.replace(self._limits, cost_exponent=cost_exponent)
         self.cost_exponent = cost_exponent
         self.curvature = curvature
