@@ -34,6 +34,9 @@ STATE, PLAIN, RESULT = "state.json", "model.keras", "result.json"
 PLACES = ("data_dir", "output_dir", "results_dir", "docs", "run", "hours", "threads")
 """Flags that a run may be continued with other values of."""
 
+EARLIER = {"optimizer": "adamw"}
+"""What runs did that are older than the flag."""
+
 SETTINGS = (
     "dataset", "data_dir", "max_train", "model", "widths", "max_params", "max_flops", "epochs",
     "every", "grow", "rounds", "growth_per_step", "morphisms", "new_units", "curvature",
@@ -128,7 +131,8 @@ class Run:
         self.state: dict[str, Any] = {"settings": self.key, "model": None, "epochs": []}
         if (self.folder / STATE).exists():
             self.state = json.loads((self.folder / STATE).read_text())
-            differ = [n for n, value in self.key.items() if self.state["settings"].get(n) != value]
+            kept = {**EARLIER, **self.state["settings"]}
+            differ = [name for name, value in self.key.items() if kept.get(name) != value]
             if differ:
                 raise ValueError(
                     f"'{self.folder}' holds a run with other --{', --'.join(differ)}. Choose "

@@ -114,6 +114,12 @@ def test_other_settings_are_refused_and_other_places_are_not(tmp_path):
     with pytest.raises(ValueError, match="other --max_params, --epochs"):
         headline.Run(settings(tmp_path, "--max_params=500", "--epochs=6"))
     assert headline.Run(settings(tmp_path, "--hours=3", "--threads=2")).done == 1
+    older = state_in(tmp_path)
+    del older["settings"]["optimizer"]  # there was no such flag, and it was AdamW
+    (tmp_path / "headline" / "state.json").write_text(json.dumps(older))
+    assert headline.Run(settings(tmp_path)).done == 1
+    with pytest.raises(ValueError, match="a run with other --optimizer"):
+        headline.Run(settings(tmp_path, "--optimizer=sgd"))
 
 
 def test_the_rate_falls_when_it_has_grown():
