@@ -187,10 +187,10 @@ def recipe_of(cell: Seeded, epochs: int) -> Any:
 def _grow(cell: Cell, data: Any) -> tuple[Any, int]:
     from experiments import training
 
-    names = ("max_params", "growth_per_step", "morphisms", "new_units", "curvature", "score")
-    oracle = {name: cell.settings[name] for name in names}
-    growing = training.Growing("every", cell.settings["every"], cell.settings["settle"], oracle)
     settings, epochs = cell.settings, cell.settings["epochs"]
+    names = ("max_params", "growth_per_step", "morphisms", "new_units", "curvature", "score")
+    oracle = {name: settings[name] for name in names}
+    growing = training.Growing("every", settings["every"], settings["settle"], oracle)
     trained = training.train_growing(
         training.seed_network(
             settings["model"], data, settings["widths"], cell.seed, settings["augment"]

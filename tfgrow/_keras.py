@@ -22,10 +22,15 @@ def graph_of(model: Any) -> Any:
     return model if hasattr(model, "_nodes_by_depth") else None
 
 
+def nodes_of(functional: Any) -> list[Any]:
+    """The calls recorded in a functional graph, producers before consumers, inputs among them."""
+    by_depth = functional._nodes_by_depth
+    return [node for depth in sorted(by_depth, reverse=True) for node in by_depth[depth]]
+
+
 def calls_of(functional: Any) -> Iterator[Any]:
     """The calls recorded in a functional graph, producers before consumers, without inputs."""
-    for depth in sorted(functional._nodes_by_depth, reverse=True):
-        yield from (call for call in functional._nodes_by_depth[depth] if not call.is_input)
+    return (node for node in nodes_of(functional) if not node.is_input)
 
 
 def operations_within(model: Any) -> Iterator[keras.Operation]:

@@ -245,7 +245,7 @@ class Growth(keras.callbacks.Callback):
             reasons = "; ".join(f"{site.name}: {self.oracle.why_closed(site)}" for site in sites)
             raise ValueError(f"Nothing in model '{self.model.name}' can grow. {reasons}")
         for layer in layers_within(self.model):
-            if getattr(layer, "stateful", False) and isinstance(layer, keras.layers.RNN):
+            if isinstance(layer, keras.layers.RNN) and layer.stateful:
                 raise ValueError(
                     f"Layer '{layer.name}' ({type(layer).__name__}) is stateful: every batch goes "
                     "on where the last one ended, and growth looks at batches of its own. Build it "

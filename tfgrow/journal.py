@@ -47,7 +47,7 @@ class Journal:
 
     Example:
 
-    >>> from tfgrow.types import GrowthEvent, describe_widths
+    >>> from tfgrow.types import GrowthEvent
     >>> journal = Journal()
     >>> journal.append(GrowthEvent(
     ...     epoch=2, applied=({"site": "conv1", "morphism": "add", "units": 2,

@@ -30,7 +30,7 @@ def _elementwise(layer) -> str | None:
 
 
 def _any_channels(layer) -> str | None:
-    shape = layer.noise_shape
+    shape = getattr(layer, "noise_shape", None)
     if shape is None or tuple(shape)[-1] in (None, 1):
         return None
     return (
@@ -112,9 +112,9 @@ def _known(pattern: str, *choices: Iterable) -> list[type]:
     return [getattr(layers, name) for name in names if hasattr(layers, name)]
 
 
-for _class in (layers.ReLU, layers.LeakyReLU, layers.ELU, *_IDENTITIES):
+for _class in (layers.ReLU, layers.LeakyReLU, layers.ELU):
     register_channelwise(_class)
-for _class in (layers.Dropout, layers.AlphaDropout):
+for _class in _IDENTITIES:
     register_channelwise(_class, _any_channels)
 for _class in (
     layers.MaxPooling1D,

@@ -14,12 +14,12 @@ from tfgrow.types import LayerChange, VariableChange
 
 def check_changes(model: keras.Model, changes: Sequence[LayerChange]) -> None:
     """Refuses changes that can't be made, see `tfgrow.surgery.rebuild.apply_changes`."""
-    if graph_of(model) is None and not isinstance(model, keras.Sequential):
-        raise TypeError(
-            f"Surgery needs a Functional or Sequential model. Found {model!r} of type "
-            f"{type(model).__name__}. Rebuild it with the functional API."
-        )
     if graph_of(model) is None:
+        if not isinstance(model, keras.Sequential):
+            raise TypeError(
+                f"Surgery needs a Functional or Sequential model. Found {model!r} of type "
+                f"{type(model).__name__}. Rebuild it with the functional API."
+            )
         raise ValueError(
             f"Model '{model.name}' is not built, so that it has no graph to edit. Give it an Input "
             "or call it on a batch first."

@@ -28,7 +28,7 @@ from keras.src.utils.tracking import DotNotTrackScope, TrackedList, Tracker
 from tensorflow.python.framework import ops as tf_ops
 from tensorflow.python.trackable.data_structures import ListWrapper, _DictWrapper
 
-from tfgrow._keras import graph_of
+from tfgrow._keras import graph_of, nodes_of
 from tfgrow.surgery.checks import check_changes
 from tfgrow.surgery.shapes import refresh_graph
 from tfgrow.types import LayerChange, VariableChange
@@ -233,7 +233,7 @@ def put_calls_first(model: keras.Sequential) -> None:
     first: those would go past what is inserted.
     """
     graph: Any = graph_of(model)
-    own = _calls(graph)
+    own = nodes_of(graph)
     for operation in graph.operations:
         calls = operation._inbound_nodes
         run = [call for call in own if call.operation is operation]
@@ -259,7 +259,7 @@ def splice(model: keras.Model, old: keras.KerasTensor, new: keras.KerasTensor) -
       ValueError: the new graph is none: a cycle, a foreign input, or a name that stands twice.
     """
     graph: Any = graph_of(model)
-    for node in _calls(graph):
+    for node in nodes_of(graph):
         _read_instead(node, old, new)
     outputs = keras.tree.map_structure(lambda t: new if t is old else t, graph._outputs_struct)
     _renew_graph(graph, outputs)
@@ -282,11 +282,6 @@ def note_trainable_state(model: keras.Model) -> None:
             model._compiled_trainable_state = {
                 layer: known.get(layer, layer.trainable) for layer in model._flatten_layers()
             }
-
-
-def _calls(graph: Functional) -> list[Node]:
-    by_depth = graph._nodes_by_depth
-    return [call for depth in sorted(by_depth, reverse=True) for call in by_depth[depth]]
 
 
 def _read_instead(node: Node, old: keras.KerasTensor, new: keras.KerasTensor) -> None:

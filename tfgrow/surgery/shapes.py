@@ -18,7 +18,7 @@ from keras.src import backend
 from keras.src.models.functional import Functional
 from keras.src.ops.node import Node
 
-from tfgrow._keras import graph_of, operations_within
+from tfgrow._keras import graph_of, nodes_of, operations_within
 
 Moved = dict[int, tuple]
 """The former shapes of the symbolic tensors whose shape the edit changed, by the tensor's id."""
@@ -43,11 +43,10 @@ def refresh_graph(model: keras.Model, changed: Iterable[keras.Layer]) -> None:
 
 def _refresh(graph: Functional, changed: set[int], moved: Moved, visited: set[int]) -> None:
     """Refreshes the nodes of a graph in topological order, as far as the edit reaches them."""
-    for depth in sorted(graph._nodes_by_depth, reverse=True):
-        for node in graph._nodes_by_depth[depth]:
-            visited.add(id(node))
-            if not node.is_input and _is_reached(node, changed, moved):
-                _refresh_node(node, changed, moved, visited)
+    for node in nodes_of(graph):
+        visited.add(id(node))
+        if not node.is_input and _is_reached(node, changed, moved):
+            _refresh_node(node, changed, moved, visited)
 
 
 def _is_reached(node: Node, changed: set[int], moved: Moved) -> bool:
