@@ -203,13 +203,12 @@ OPTIMIZERS = {
     "adagrad": lambda: keras.optimizers.Adagrad(0.01),
     "adadelta": lambda: keras.optimizers.Adadelta(0.1),
     "lion": lambda: keras.optimizers.Lion(0.001),
-    **(
-        {"schedule free": lambda: keras.optimizers.ScheduleFreeAdamW(0.01)}
-        if hasattr(keras.optimizers, "ScheduleFreeAdamW")
-        else {}
-    ),
     "loss scale": lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam(0.01)),
 }
+if hasattr(keras.optimizers, "ScheduleFreeAdamW"):
+    OPTIMIZERS["schedule free"] = lambda: keras.optimizers.ScheduleFreeAdamW(0.01)
+if hasattr(keras.optimizers, "Muon"):
+    OPTIMIZERS["muon"] = lambda: keras.optimizers.Muon(0.01)
 
 
 def trained_net(make_optimizer, steps=3):

@@ -166,8 +166,8 @@ def test_old_slots_stay_new_ones_are_neutral_and_files_agree(name, tmp_path):
             expected = np.concatenate(kin).astype(np.float64).mean()
             assert expected > 0
         np.testing.assert_allclose(variable.numpy(), np.broadcast_to(expected, variable.shape))
-    # The net had eight weights and got four.
-    assert born == sum(value.ndim > 0 for _, value in before.values()) // 2
+    # The net's convolutions have four weights, and it got four of such.
+    assert born == sum(value.ndim > 0 for name, value in old.items() if name.startswith("conv"))
 
     fresh = type(optimizer).from_config(optimizer.get_config())
     fresh.build(model.trainable_variables)
@@ -275,6 +275,24 @@ def test_inside_fit(name, recwarn):
     assert iterations == ([4, 8, 12] if name != "loss scale" else [0, 0, 0])
     assert np.any(model.get_layer("new").kernel)  # it was trained
     assert not [w for w in recwarn if "trainable" in str(w.message)]
+
+
+def test_new_means_of_squared_gradients_are_those_of_the_others(tmp_path):
+    model = trained_net(lambda: keras.optimizers.Adafactor(0.01))
+    optimizer = model.optimizer
+    before = [*optimizer._r]
+    insert_after(model, "relu", conv())
+    assert len(optimizer._r) == len(model.trainable_variables) == len(before) + 2
+    kernel, bias = (
+        [v.path for v in model.trainable_variables].index(f"new/{name}")
+        for name in ("kernel", "bias")
+    )
+    assert optimizer._r[bias].shape == ()
+    assert optimizer._r[bias].numpy() == 0
+    kin = [slot.numpy().ravel() for slot in before if slot.shape != ()]
+    expected = np.concatenate(kin).astype(np.float64).mean()
+    np.testing.assert_allclose(optimizer._r[kernel].numpy(), np.full((3, 3, 3), expected))
+    assert_trains_on_like_its_file(model, tmp_path / "grown.keras")
 
 
 @pytest.mark.parametrize("style", ["list", "add"])

@@ -102,8 +102,10 @@ def test_slots_follow_the_formula_and_go_through_files(name, tmp_path):
                 assert np.all(value[..., -1].any() or not before[slot].any())
         np.testing.assert_allclose(value, expected, rtol=1e-6, atol=1e-12)
         mapped += 1
-    # Of the net's eight weights, all but the last bias changed shape.
-    assert mapped == sum(value.ndim > 0 for value in before.values()) * 7 // 8
+    # Of the net's weights, all but the last bias changed shape.
+    assert mapped == sum(
+        value.ndim > 0 and not slot.startswith("dense_bias") for slot, value in before.items()
+    )
 
     fresh = type(optimizer).from_config(optimizer.get_config())
     fresh.build(model.trainable_variables)
@@ -111,6 +113,34 @@ def test_slots_follow_the_formula_and_go_through_files(name, tmp_path):
         # Nadam's scalar has no name of its own, so that Keras counts it.
         assert (variable.name == other.name) or (name == "nadam" and variable.shape == ())
         assert (variable.shape, variable.dtype) == (other.shape, other.dtype)
+    assert_trains_on_like_its_file(model, tmp_path / "grown.keras")
+
+
+def test_means_of_squared_gradients_follow_and_go_through_files(tmp_path):
+    """Adafactor keeps no second moments of kernels but their means over one axis or the other."""
+    model = trained_net(lambda: keras.optimizers.Adafactor(0.01))
+    optimizer = model.optimizer
+    conv2 = [v.path for v in model.trainable_variables].index("conv2/kernel")
+    rows, columns = optimizer._r[conv2].numpy(), optimizer._c[conv2].numpy()
+    placeholders = [slot for slot in optimizer._r if slot.shape == ()]
+    assert len(placeholders) == 5
+    transaction.edit(model, widen(model))
+
+    # `rows` belong to what the kernel reads, `columns` to what it makes: a half of a split gets
+    # half the gradient there, and the newborn the mean.
+    kept = np.where(np.bincount(SOURCE[:-1])[SOURCE[:-1]] > 1, 0.25, 1.0)
+    made = columns[..., SOURCE[:-1]] * kept
+    made = np.concatenate([made, made.mean(-1, keepdims=True)], axis=-1)
+    np.testing.assert_allclose(optimizer._c[conv2].numpy(), made, rtol=1e-6)
+    # The less of it reaches what is read, on average over all that is made.
+    read = rows[..., SOURCE[:-1]]
+    read = np.concatenate([read, read.mean(-1, keepdims=True)], axis=-1)
+    np.testing.assert_allclose(optimizer._r[conv2].numpy(), read * kept.mean(), rtol=1e-6)
+    assert all(slot.shape == () and slot.numpy() == 0 for slot in placeholders)
+    fresh = type(optimizer).from_config(optimizer.get_config())
+    fresh.build(model.trainable_variables)
+    shapes = [variable.shape for variable in optimizer.variables]
+    assert shapes == [variable.shape for variable in fresh.variables]
     assert_trains_on_like_its_file(model, tmp_path / "grown.keras")
 
 

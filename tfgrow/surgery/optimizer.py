@@ -31,8 +31,11 @@ class SlotKind(enum.Enum):
     MAGNITUDE = "magnitude"  # x |s|; newborn the mean
     SQUARED_STEP = "squared_step"  # steps already divided by the gradient's size: x 1; the mean
     WEIGHT = "weight"  # an average of weights: its distance to the weight follows value_scale
+    MEAN_OVER_LAST = "mean_over_last"  # of squared gradients over the weight's last axis
+    MEAN_OVER_SECOND_LAST = "mean_over_second_last"  # over the last but one
 
 
+_AVERAGED = {SlotKind.MEAN_OVER_LAST: -1, SlotKind.MEAN_OVER_SECOND_LAST: -2}
 _EXPONENT = {
     SlotKind.SQUARED_GRADIENT: 2,
     SlotKind.MAGNITUDE: 1,
@@ -54,7 +57,17 @@ _SLOTS: dict[type, dict[str, SlotKind]] = {
         "_accumulated_delta_vars": SlotKind.SQUARED_STEP,
     },
     keras.optimizers.Lion: {"_momentums": SlotKind.GRADIENT},
+    keras.optimizers.Adafactor: {
+        "_r": SlotKind.MEAN_OVER_LAST,
+        "_c": SlotKind.MEAN_OVER_SECOND_LAST,
+        "_v": SlotKind.SQUARED_GRADIENT,
+    },
 }
+if hasattr(keras.optimizers, "Muon"):  # as is this one
+    _SLOTS[keras.optimizers.Muon] = {
+        "momentums": SlotKind.GRADIENT,
+        "adam_velocities": SlotKind.SQUARED_GRADIENT,
+    }
 if hasattr(keras.optimizers, "ScheduleFreeAdamW"):  # not in every version of Keras 3
     _SLOTS[keras.optimizers.ScheduleFreeAdamW] = {
         "_momentums": SlotKind.WEIGHT,  # what it calls so is the weights that it averages
@@ -140,7 +153,7 @@ def grow_optimizer(model: keras.Model, replaced: Iterable[rebuild.Replacement]) 
             for replacement in replaced:
                 index = positions.get(id(replacement.variable))
                 slot = None if index is None else slots[index]
-                if slot is not None:
+                if slot is not None and not _is_placeholder(slot, replacement.variable):
                     rebuild.set_value(model, slot, map_slot(slot.numpy(), kind, replacement))
         rebuild.rekey_optimizer(optimizer)
 
@@ -188,11 +201,12 @@ def _extend(optimizer: keras.optimizers.Optimizer, weights: list[keras.Variable]
         if not (old := getattr(optimizer, name, None)):
             continue
         slots[name] = []
+        kin = _used(old, optimizer_weights(optimizer))
         for weight, fresh in zip(weights, getattr(guide, name), strict=True):
             index = positions.get(id(weight))
             slot = fresh if index is None else old[index]
-            if index is None and fresh is not None:
-                fresh.assign(_neutral(kind, weight, old))
+            if index is None and fresh is not None and not _is_placeholder(fresh, weight):
+                fresh.assign(_neutral(kind, weight, fresh, kin))
             place[id(fresh)] = slot
             slots[name].append(slot)
     kept = {id(slot) for of_weights in slots.values() for slot in of_weights}
@@ -238,14 +252,27 @@ def _built_alike(optimizer, weights: list[keras.Variable]) -> keras.optimizers.O
     return guide
 
 
-def _neutral(kind: SlotKind, weight: keras.Variable, old: Iterable) -> Any:
-    """A newborn weight's slot: as if it had neither moved nor been seen moving."""
+def _used(slots: Iterable, weights: Iterable[keras.Variable]) -> list[keras.Variable]:
+    """Those of the slots of some weights that hold anything."""
+    pairs = zip(slots, weights, strict=True)
+    return [s for s, weight in pairs if s is not None and not _is_placeholder(s, weight)]
+
+
+def _is_placeholder(slot: keras.Variable, weight: keras.Variable) -> bool:
+    """Whether a slot only fills the place of a weight that has none, as Adafactor's of biases."""
+    return len(slot.shape) == 0 < len(weight.shape)
+
+
+def _neutral(
+    kind: SlotKind, weight: keras.Variable, slot: keras.Variable, kin: Iterable[keras.Variable]
+) -> keras.Variable | np.ndarray:
+    """What a newborn weight's slot holds: as if it had neither moved nor been seen moving."""
     if kind is SlotKind.WEIGHT:
         return weight
-    others = [slot.numpy().astype(np.float64).ravel() for slot in old if slot is not None]
+    others = [other.numpy().astype(np.float64).ravel() for other in kin]
     if kind is SlotKind.GRADIENT or not others:
-        return np.zeros(weight.shape)
-    return np.full(weight.shape, np.concatenate(others).mean())
+        return np.zeros(slot.shape)
+    return np.full(slot.shape, np.concatenate(others).mean())
 
 
 def map_slot(slot: np.ndarray, kind: SlotKind, replacement: rebuild.Replacement) -> np.ndarray:
@@ -257,10 +284,15 @@ def map_slot(slot: np.ndarray, kind: SlotKind, replacement: rebuild.Replacement)
       replacement: the weight's edit.
 
     Returns:
-      Float64 array of the weight's new shape.
+      Float64 array of the weight's new shape, without the axis that the kind takes the mean over.
     """
     sources = replacement.change.sources
     slot = np.asarray(slot, dtype=np.float64)
+    if (axis := _AVERAGED.get(kind)) is not None:
+        # As if all that the mean was taken of had been alike.
+        shape = np.shape(replacement.old)
+        alike = np.broadcast_to(np.expand_dims(slot, axis), shape)
+        return map_slot(alike, SlotKind.SQUARED_GRADIENT, replacement).mean(axis)
     if kind is SlotKind.WEIGHT:
         distance = slot - np.asarray(replacement.old, dtype=np.float64)
         for source in sources:
