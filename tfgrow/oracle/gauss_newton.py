@@ -88,7 +88,8 @@ class GaussNewtonOracle(GrowthOracle):
         (per parameter, or per FLOP if `max_flops` is the only budget); by default 0.5 of what units
         are worth unless only FLOPs count, else 1.
       growth_per_step: a fraction is the most parameters one step may add, relative to those the
-        model has; a whole number is the most edits.
+        model has (by default it may double: units that come late learn little); a whole number is
+        the most edits.
       **kwargs: budget (`max_params`, `max_flops`, `min_gain_per_param`, `round_to`), choice of
         sites (`include`, `exclude`), `seed`, `directory`, `project_name`, `overwrite`,
         `max_trials`: see `tfgrow.oracle.base.GrowthOracle`.
@@ -112,7 +113,7 @@ class GaussNewtonOracle(GrowthOracle):
         score_batches: int = 16,
         held_out_batches: int = 8,
         learning_rate: float = 0.1,
-        growth_per_step: int | float | None = 0.3,
+        growth_per_step: int | float | None = 1.0,
         score: str = "auto",
         cost_exponent: float | None = None,
         **kwargs: Any,

@@ -86,7 +86,7 @@ class Strategy(GrowthOracle):
         self,
         objective: Any = "val_loss",
         *,
-        growth_per_step: int | float | None = 0.3,
+        growth_per_step: int | float | None = 1.0,
         batches: int = 4,
         **kwargs: Any,
     ) -> None:
