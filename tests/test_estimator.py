@@ -406,6 +406,38 @@ def test_learning_lowers_the_estimate_and_the_true_loss():
     assert tfgrow.measure_change(model, [many[best]], data, "mse") < 0.5 * after[best]
 
 
+def test_new_units_are_not_too_long_where_all_positions_say_the_same(monkeypatch):
+    """What factored curvature leaves out is nearly all of it before an average over positions."""
+    monkeypatch.setattr(get("add"), "dense_limit", 0)
+    keras.utils.set_random_seed(0)
+    model = tfgrow.convert(
+        keras.Sequential(
+            [
+                keras.Input((8, 8, 2)),
+                layers.Conv2D(4, 3, padding="same", activation="relu", name="conv1"),
+                layers.Conv2D(6, 3, padding="same", activation="relu", name="conv2"),
+                layers.GlobalAveragePooling2D(),
+                layers.Dense(3, name="out"),
+            ]
+        )
+    )
+    rng = np.random.default_rng(0)
+    x = (rng.normal(size=(768, 8, 8, 2)) + rng.normal(size=(768, 1, 1, 2))).astype("float32")
+    y = np.maximum(x[..., :1] * x[..., 1:], 0).mean((1, 2)) * np.ones(3, "float32")
+    first, second = (x[:512], y[:512]), (x[512:], y[512:])
+    model.compile(keras.optimizers.Adam(0.01), "mse")
+    model.fit(*first, epochs=10, verbose=0)
+    estimator = estimator_of(model)
+    new = tfgrow.candidates(model, "add", sites="conv1", new_units=4)
+    learned = estimator.learn(new, first, steps=4)
+    found = estimator.interaction(learned, second)
+    lengths = -found.linear / np.diag(found.gram)
+    assert np.all((lengths > 0.5) & (lengths < 2.0))
+    assert np.all(found.scores < 0)
+    true = [tfgrow.measure_change(model, one, second) for one in learned]
+    np.testing.assert_allclose(found.scores, true, rtol=0.35)
+
+
 def test_learning_repeats_bit_for_bit_by_seed():
     data = class_data(by_name("bn_after_activation").model(), 40)
 

@@ -17,13 +17,13 @@ from tfgrow.capture.checks import check_batch, check_loss
 from tfgrow.capture.execute import float32_compute
 from tfgrow.capture.path import needs_moments
 from tfgrow.curvature.correction import corrections
-from tfgrow.curvature.normal import add_sums
+from tfgrow.curvature.normal import add_sums, is_factored
 from tfgrow.curvature.total_loss import TotalLoss, make_total_loss
 from tfgrow.graph.nodes import Graph, trace
 from tfgrow.graph.sites import sites_of
 from tfgrow.graph.versions import version_of
-from tfgrow.morphisms.base import Candidate
-from tfgrow.morphisms.registry import at_lengths, group_candidates, removals
+from tfgrow.morphisms.base import Candidate, Group
+from tfgrow.morphisms.registry import at_lengths, get, group_candidates, removals
 from tfgrow.morphisms.retrain import retraining
 from tfgrow.passes import Parameters, Passes, new_adam, tensors
 from tfgrow.types import Interaction
@@ -34,6 +34,9 @@ SETTLE = 12
 On a 19k-parameter VGG on CIFAR-10 they buy more than learning steps do: the mean held-out change by
 one added unit is -0.075 after 16 learning and 6 settling batches of 128, -0.088 after 8 and 12.
 """
+
+SHORTENING = 4
+"""Batches on which it is seen how long the closed forms on a factored curvature should be."""
 
 SETTLING_ALPHAS = (1.0, 0.5, 0.25, 0.125)
 """Shares of the existing weights' step that are tried, the first that lowers the loss is taken."""
@@ -111,7 +114,9 @@ class GaussNewtonEstimator:
 
         Every step takes a fresh batch and improves all candidates of all sites. A few more batches
         then settle what has a closed form (outgoing weights of new units) and the statistics that
-        BatchNormalization needs. `dataset` is repeated if it is too short.
+        BatchNormalization needs, and where the curvature of a closed form is factored (above 600
+        outgoing weights of a unit), `SHORTENING` more say whether it is too long. `dataset` is
+        repeated if it is too short.
 
         Args:
           candidates: from `tfgrow.candidates(model)`.
@@ -130,9 +135,18 @@ class GaussNewtonEstimator:
         """
         require_whole("steps", steps, least=0, optional=False)
         require_whole("settle", settle, least=0, optional=False)
+        groups, _ = self._group(candidates)
+        stream = forever(dataset, seed=self.seed)
+        learned = self._learn(candidates, stream, steps, learning_rate, settle, progress)
+        doubtful = [group for group in groups if is_factored(group.morphism.no_equations(group))]
+        return self._shortened(learned, doubtful, stream) if doubtful else learned
+
+    def _learn(
+        self, candidates, stream, steps=0, learning_rate=0.0, settle=SETTLE, progress=None
+    ) -> list[Candidate]:
+        """`learn`, with closed forms as long as their curvature says."""
         groups, positions = self._group(candidates)
         self._check_solvable(groups)
-        stream = forever(dataset, seed=self.seed)
         parameters = Parameters(groups)
         adam = new_adam(parameters.pack())
         kept = [group.morphism.no_equations(group) for group in groups]
@@ -156,6 +170,27 @@ class GaussNewtonEstimator:
                 progress(number + 1, steps + settling)
         return _unstack(candidates, groups, positions, parameters.unpack(adam[0]), settled)
 
+    def _shortened(
+        self, learned: Sequence[Candidate], doubtful: Sequence[Group], stream: Iterator
+    ) -> list[Candidate]:
+        """Candidates of some groups at the best length up to 1 of each alone."""
+        keys = {(group.site.name, group.morphism.name) for group in doubtful}
+        rows = [row for row, one in enumerate(learned) if (one.site.name, one.morphism) in keys]
+        groups, positions = self._group([learned[row] for row in rows])
+        thetas = [tensors(group.theta) for group in groups]
+        _, linear, curvature = self._sum(
+            [next(stream) for _ in range(SHORTENING)],
+            lambda batch, seed, th: self._passes.alone(batch, seed, groups, th),
+            thetas,
+        )
+        best = np.where(-linear < curvature, np.maximum(-linear, 0.0), 1.0)
+        best = best / np.where(-linear < curvature, curvature, 1.0)
+        found = list(learned)
+        for place, length in zip(np.concatenate(positions), best, strict=True):
+            one = learned[rows[place]]
+            found[rows[place]] = get(one.morphism).scaled(one, float(length)) or one
+        return found
+
     def settle(self, dataset, judged_on) -> float:
         """From here on, takes what training the weights that are there would bring as done.
 
@@ -178,7 +213,7 @@ class GaussNewtonEstimator:
         directions = retraining(self.model, self._graph)
         if not directions:
             return 0.0
-        learned = self.learn(directions, dataset, steps=0)
+        learned = self._learn(directions, forever(dataset, seed=self.seed))
         interaction, before = self._interaction(learned, judged_on)
         lengths = interaction.best_lengths()
         for alpha in SETTLING_ALPHAS:
@@ -241,7 +276,8 @@ class GaussNewtonEstimator:
         if not alone:
             return {}
         with self._at_minimum():
-            learned = self.learn(alone, dataset, steps=0, progress=progress)
+            stream = forever(dataset, seed=self.seed)
+            learned = self._learn(alone, stream, progress=progress)
             scores = self.score(learned, judged_on)
         found: dict[str, list[float]] = {}
         for removal, score in zip(alone, scores, strict=True):

@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from tfgrow.capture.capture import Capture, capture, moved, observe, prepare_inputs, push_forward
 from tfgrow.capture.execute import execute
-from tfgrow.curvature.normal import LEARNING_DAMPING, add_sums, scale_sums
+from tfgrow.curvature.normal import LEARNING_DAMPING, add_sums, is_factored, scale_sums
 from tfgrow.curvature.total_loss import TotalLoss
 from tfgrow.graph.nodes import Graph
 from tfgrow.morphisms.base import Group, Perturbed, perturb_all
@@ -103,6 +103,12 @@ class Passes:
         gram = tf.matmul(columns, columns, transpose_a=True)
         loss = self._sum_of_losses(batch, captured)
         return loss, tf.reduce_sum(linear, 0), gram, _count(batch[2])
+
+    def alone(self, batch, seed, groups: Sequence[Group], thetas: Sequence[Arrays]) -> Any:
+        """Sums over a batch of `(loss, linear [C], curvature [C])` of every candidate alone."""
+        captured, _, together = self._together(batch, seed, groups, thetas)
+        curvature = tf.reduce_sum(together[1:] ** 2, axis=(0, 1))
+        return self._sum_of_losses(batch, captured), tf.reduce_sum(together[0], 0), curvature
 
     def changes(
         self, batch, seed, groups: Sequence[Group], thetas: Sequence[Arrays], checks: int
@@ -243,7 +249,8 @@ class Passes:
                 thetas[row] | (solved[row] or _solved(groups[row], kept[row])) for row in learning
             ]
             covectors = covectors_of(captured, mine, whole, effects)
-            total, slopes = objective(mine, covectors, effects)
+            too_long = [is_factored(sums[row]) for row in learning]
+            total, slopes = objective(mine, covectors, effects, too_long)
             values = [effect.values for effect in effects]
             gradient = tape.gradient(values, vector, output_gradients=slopes)
             count = _count(batch[2])
@@ -367,8 +374,10 @@ def _scalars(groups, covectors, perturbed) -> list:
     ]
 
 
-def objective(groups, covectors, perturbed):
+def objective(groups, covectors, perturbed, too_long: Sequence[bool] | None = None):
     """Sum of all candidates' estimated changes over a batch, and its gradient at `perturbed`.
+
+    Those of groups whose closed form may be `too_long` are taken at their best length up to 1.
 
     With the scalars `s` of a candidate it is `s_0 + 1/2 sum_k s_k^2`, so that the gradient at its
     perturbation is `c_0 + sum_k s_k c_k`. Written out: automatic differentiation of so many small
@@ -377,13 +386,22 @@ def objective(groups, covectors, perturbed):
     passes = next(iter(covectors[0].values())).shape[0]
     first = np.eye(passes, 1, dtype="float32")[:, :, None]
     total, slopes = 0.0, []
-    for group, mine, scalars in zip(
-        groups, covectors, _scalars(groups, covectors, perturbed), strict=True
-    ):
+    every = _scalars(groups, covectors, perturbed)
+    which = too_long or [False] * len(groups)
+    for group, mine, scalars, shorten in zip(groups, covectors, every, which, strict=True):
+        lengths = _best_lengths(scalars) if shorten else 1.0
+        scalars = lengths * scalars
         weights = first + (1.0 - first) * scalars
         total += 0.5 * tf.reduce_sum((first + weights) * scalars)
-        slopes.append(group.morphism.slopes(group, weights, mine))
+        slopes.append(group.morphism.slopes(group, lengths * weights, mine))
     return total, slopes
+
+
+def _best_lengths(scalars):
+    """The best lengths up to 1 of candidates, `[n]`, by their scalars `[1 + K, N, n]`."""
+    slope = -tf.reduce_sum(scalars[0], axis=0)
+    curvature = tf.reduce_sum(scalars[1:] ** 2, axis=(0, 1))
+    return tf.where(slope < curvature, tf.math.divide_no_nan(tf.nn.relu(slope), curvature), 1.0)
 
 
 def _adam_step(adam, gradient, rate):

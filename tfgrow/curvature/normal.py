@@ -75,6 +75,15 @@ def zero_sums(units: int, sizes: Sequence[tuple[int, int]], dense: bool) -> dict
     return sums
 
 
+def is_factored(sums: Sums) -> bool:
+    """Whether Q is factored: what different positions say of it together is left out then.
+
+    Where units fire alike at all positions and are read alike (before an average over positions)
+    that is most of it, and the closed form several times too long.
+    """
+    return "rows/0" in sums
+
+
 def scale_sums(sums: Sums, factor: float) -> dict[str, tf.Tensor]:
     """Sums whose data count `factor` as much: forgets slowly what earlier batches said."""
     return {
