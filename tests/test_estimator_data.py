@@ -109,6 +109,46 @@ def test_what_changes_nothing_behind_a_softmax_is_looked_through(tail):
     np.testing.assert_allclose(gram[1], gram[0], rtol=1e-4, atol=1e-7)
 
 
+def tagger(masking):
+    """A loss per time step, of sequences whose ends are padded; and another output without."""
+    keras.utils.set_random_seed(0)
+    if masking:
+        inputs = keras.Input((6, 3))
+        x = layers.Masking()(inputs)
+    else:
+        inputs = keras.Input((6,), dtype="int32")
+        x = layers.Embedding(9, 3, mask_zero=True, name="embedded")(inputs)
+    x = layers.Dense(4, "relu", name="hidden")(x)
+    tags = layers.Dense(2, "softmax", name="tags")(x)
+    kind = layers.Dense(1, name="kind")(layers.GlobalMaxPooling1D()(x))
+    return compiled(keras.Model(inputs, [tags, kind]), [LOSS, "mse"])
+
+
+@pytest.mark.parametrize("masking", [True, False])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_masked_positions_count_as_in_fit(masking, weighted):
+    model, rng = tagger(masking), np.random.default_rng(1)
+    padded = np.arange(6) > rng.integers(1, 6, size=(24, 1))
+    x = rng.normal(size=(24, 6, 3)).astype("float32") if masking else rng.integers(1, 9, (24, 6))
+    x[padded] = 0
+    y = rng.integers(0, 2, size=(24, 6)), rng.normal(size=(24, 1)).astype("float32")
+    weights = rng.uniform(0.5, 2, size=(24, 6)).astype("float32"), np.ones(24, "float32")
+    data = (x, y, weights) if weighted else (x, y)
+
+    def of_keras():
+        return model.evaluate(*data[:2], 24, 0, *data[2:])[0]
+
+    before = of_keras()
+    estimator = tfgrow.GaussNewtonEstimator(model, curvature="exact")
+    assert estimator.loss(data) == pytest.approx(before, rel=1e-5)
+    learned = estimator.learn(tfgrow.candidates(model, "add", new_units=2), data, steps=2)
+    learned = small(learned)
+    true = [tfgrow.measure_change(model, one, data) for one in learned]
+    np.testing.assert_allclose(estimator.score(learned, data), true, rtol=0.02, atol=1e-6)
+    tfgrow.apply(model, learned[0])
+    assert of_keras() - before == pytest.approx(true[0], rel=0.01, abs=1e-6)
+
+
 def test_inputs_of_a_dict_are_read_by_name():
     second, first = keras.Input((2,), name="b"), keras.Input((2,), name="a")
     x = layers.Concatenate()([layers.Dense(2)(second), first])

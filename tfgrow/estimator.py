@@ -13,9 +13,10 @@ from tfgrow._checks import require_whole
 from tfgrow._keras import compiled_loss_weights
 from tfgrow.capture.batches import batches_of, check_finite, forever
 from tfgrow.capture.capture import flat_inputs
-from tfgrow.capture.checks import check_batch, check_loss
+from tfgrow.capture.checks import check_loss
 from tfgrow.capture.execute import float32_compute
 from tfgrow.capture.path import needs_moments
+from tfgrow.curvature.arranging import Arranging
 from tfgrow.curvature.correction import corrections
 from tfgrow.curvature.normal import add_sums, is_factored
 from tfgrow.curvature.total_loss import TotalLoss, make_total_loss
@@ -96,6 +97,7 @@ class GaussNewtonEstimator:
         self._graph = trace(model)
         self._loss = total_loss(model, self._graph, loss, loss_weights, curvature)
         self.curvature = self._loss.curvature
+        self._arranged = Arranging(model, self._graph, self._loss)
         self._version = version_of(model)
         self._passes = Passes(self._graph, self._loss, draws)
         self._draws = draws
@@ -157,7 +159,7 @@ class GaussNewtonEstimator:
             steps = 0  # all there is has a closed form
         for number in range(steps + settling):
             rate = learning_rate * _fade(number, steps) if number < steps else 0.0
-            batch = self._checked(next(stream))
+            batch = self._arranged(next(stream))
             inputs = (batch, self._batch_seed(), adam, kept, tf.constant(rate, tf.float32))
             step = step or self._trace(
                 lambda b, s, a, k, r: self._passes.learn(b, s, groups, parameters, a, k, r), inputs
@@ -374,7 +376,7 @@ class GaussNewtonEstimator:
         check_finite(dataset)
         function, total = None, []
         for batch in batches_of(dataset):
-            inputs = (self._checked(batch), self._batch_seed(), thetas)
+            inputs = (self._arranged(batch), self._batch_seed(), thetas)
             function = function or self._trace(pass_over, inputs)
             part = [np.asarray(value, dtype=np.float64) for value in function(*inputs)]
             total = [a + b for a, b in zip(total, part, strict=True)] if total else part
@@ -439,9 +441,6 @@ class GaussNewtonEstimator:
                 f"To first order the weights of {solved} have no closed form: the longer the "
                 "better. Learn them with another curvature than 'none'."
             )
-
-    def _checked(self, batch):
-        return check_batch(self.model, self._graph, self._loss.arranged(batch), self._loss.labels)
 
 
 def total_loss(

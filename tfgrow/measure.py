@@ -10,8 +10,9 @@ import keras
 import tensorflow as tf
 
 from tfgrow.capture.batches import batches_of, check_finite, size_of_batch
-from tfgrow.capture.checks import check_batch, check_loss
+from tfgrow.capture.checks import check_loss
 from tfgrow.capture.execute import float32_compute
+from tfgrow.curvature.arranging import Arranging
 from tfgrow.estimator import compiled_loss, total_loss
 from tfgrow.graph.convert import copy_model
 from tfgrow.graph.nodes import trace
@@ -36,6 +37,7 @@ def real_loss(model: keras.Model, dataset, loss=None, loss_weights=None) -> floa
     check_finite(dataset)
     graph = trace(model)
     total_of = total_loss(model, graph, loss, loss_weights)
+    arranged = Arranging(model, graph, total_of)
 
     def batch_loss(x, y, weights):
         every = keras.tree.flatten(model(x, training=False))
@@ -53,8 +55,7 @@ def real_loss(model: keras.Model, dataset, loss=None, loss_weights=None) -> floa
         # Of deep models, tracing takes several times as long as a batch.
         loss_of = traced if len(first) > 1 else batch_loss
         for batch in itertools.chain(first, batches):
-            arranged = check_batch(model, graph, total_of.arranged(batch), total_of.labels)
-            total += float(loss_of(*arranged))
+            total += float(loss_of(*arranged(batch)))
             count += size_of_batch(batch)
     return total / count
 

@@ -33,7 +33,8 @@ class LossHead:
 
     Pure functions on tensors, for eager use and inside `tf.function`. Everything is computed in
     float32, whatever the dtype of `z` and of the loss. Masks that Keras attaches to outputs are
-    not seen: pass them as sample weights. Sample weights are multiplied outside, see `columns`.
+    not seen here, but made sample weights of by `Arranging`. Sample weights are multiplied outside,
+    see `columns`.
 
     Attributes:
       row_loss: the loss of one row of logits.

@@ -148,7 +148,7 @@ class OverGrown(GaussNewtonEstimator):
         stream, descend = forever(dataset), None
         for number in range(steps):
             rate = tf.constant(learning_rate * (1 - number / steps), tf.float32)
-            inputs = (self._checked(next(stream)), deltas, rate)
+            inputs = (self._arranged(next(stream)), deltas, rate)
             descend = descend or self._trace(
                 lambda batch, rows, rate: self._descend(batch, layout, rows, rate), inputs
             )

@@ -32,9 +32,10 @@ from tfgrow.capture.capture import (
     producer_inputs,
     producer_responses,
 )
-from tfgrow.capture.checks import check_batch, check_loss
+from tfgrow.capture.checks import check_loss
 from tfgrow.capture.execute import float32_compute, linear_tap, tensor_tap
 from tfgrow.capture.path import Path, needs_moments
+from tfgrow.curvature.arranging import Arranging
 from tfgrow.estimator import total_loss
 from tfgrow.graph.nodes import Graph, trace
 from tfgrow.graph.sites import Leaf, Site, parameter_name
@@ -297,11 +298,11 @@ def captures(
     """
     model, graph = room.model, trace(room.model)
     loss = total_loss(model, graph)
+    arranged = Arranging(model, graph, loss)
     taps = [tap for one in units for tap in consumer_taps(one.site)]
     with float32_compute(model):
         for batch in batches:
-            arranged = check_batch(model, graph, loss.arranged(batch), loss.labels)
-            yield _captured(graph, loss, arranged, taps), size_of_batch(batch)
+            yield _captured(graph, loss, arranged(batch), taps), size_of_batch(batch)
 
 
 def slices(captured: Capture, samples: int, per_sample: int) -> Iterator[Capture]:

@@ -120,7 +120,7 @@ class Splits(GaussNewtonEstimator):
         shifts = [tf.zeros(length.shape) for length in self._lengths]
         stream, turn = forever(dataset), None
         for _ in range(iterations):
-            inputs = (self._checked(next(stream)), directions, shifts)
+            inputs = (self._arranged(next(stream)), directions, shifts)
             turn = turn or self._trace(self._turn, inputs)
             directions, shifts = turn(*inputs)
         return directions
