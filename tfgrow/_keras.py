@@ -14,6 +14,12 @@ from keras.src import backend
 from keras.src.applications.convnext import LayerScale as LayerScale
 from keras.src.saving import serialization_lib
 
+SET_BY_TRAINING = {
+    "_compile_config", "_compiled_trainable_state", "_eval_epoch_iterator", "history", "optimizer",
+    "stop_evaluating", "stop_predicting", "stop_training",
+}  # fmt: skip
+"""Attributes that a model has only after `compile`, `fit`, `evaluate` or `predict`."""
+
 
 def graph_of(model: Any) -> Any:
     """The functional graph of a model, or None: not built, subclassed, or no model at all."""

@@ -155,6 +155,29 @@ def test_class_with_its_own_training_is_kept():
     assert type(tfgrow.convert(stock)) is type(stock)
 
 
+def test_class_with_its_own_training_is_kept_after_it_was_trained():
+    inputs = keras.Input((3,))
+    model = DoubleSteps(inputs, layers.Dense(2)(layers.Dense(3, name="hidden")(inputs)))
+    model.compile("sgd", "mse")
+    x = inputs_of(model, 8)
+    model.fit(x, x[:, :2], verbose=0)
+    model.evaluate(x, x[:, :2], verbose=0)
+    expected = model.predict(x, verbose=0)
+    for copy in (tfgrow.convert, tfgrow.strip, tfgrow.convert):
+        model = copy(model)
+        assert isinstance(model, DoubleSteps)
+        np.testing.assert_allclose(model.predict(x, verbose=0), expected, atol=1e-6)
+    model.fit(x, x[:, :2], verbose=0)
+
+
+def test_attributes_that_a_copy_lacks_are_named():
+    inputs = keras.Input((3,))
+    model = DoubleSteps(inputs, layers.Dense(2)(inputs))
+    model.factors = np.ones(2)
+    with pytest.warns(UserWarning, match=r"attributes \['factors'\].*Set them on it"):
+        assert not hasattr(tfgrow.convert(model), "factors")
+
+
 def test_class_with_its_own_arguments_becomes_plain_unless_it_trains_its_own_way():
     model = tfgrow.convert(OwnArguments(4))
     assert not isinstance(model, OwnArguments)

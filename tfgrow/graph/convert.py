@@ -6,13 +6,20 @@ import contextlib
 import inspect
 import itertools
 import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import keras
 
-from tfgrow._keras import compile_arguments, layers_within, optimizer_weights, trusting_configs
+from tfgrow._keras import (
+    SET_BY_TRAINING,
+    compile_arguments,
+    layers_within,
+    optimizer_weights,
+    trusting_configs,
+)
 from tfgrow.graph.nodes import functional_of, trace
 from tfgrow.layers import registry
 from tfgrow.layers.expansions import expansion
@@ -278,19 +285,25 @@ _OF_MODELS = {"layers", "input_layers", "output_layers", "build_input_shape", "t
 
 
 def _check_own_attributes(model, copy, plain) -> None:
-    """Refuses a copy that trains by other settings than its model."""
+    """Refuses a copy that trains by other settings than its model, and says what else it lacks."""
+    own = vars(model).keys() - vars(plain).keys() - SET_BY_TRAINING
     lost = [
         name
-        for name, value in vars(model).items()
-        if name not in vars(plain)
-        and isinstance(value, _SETTINGS)
-        and vars(copy).get(name, copy) != value
+        for name in sorted(own)
+        if isinstance(value := vars(model)[name], _SETTINGS) and vars(copy).get(name, copy) != value
     ]
     if lost:
         raise TypeError(
             f"Model '{model.name}' is a {type(model).__name__} whose attributes {lost} a copy "
             "would not have: they are arguments of its __init__ that its get_config() does not "
             "name. Let get_config() return them."
+        )
+    missing = sorted(own - vars(copy).keys() - set(lost))
+    if missing:
+        warnings.warn(
+            f"Model '{model.name}' is a {type(model).__name__} whose attributes {missing} are "
+            "neither arguments of its __init__ nor made there: the copy has none. Set them on it.",
+            stacklevel=2,
         )
 
 
