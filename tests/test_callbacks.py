@@ -302,13 +302,47 @@ def test_why_no_edit_of_that_kind_is_possible():
 
 def test_an_optimizer_whose_slots_are_unknown_is_refused_before_it_is_built():
     model = mlp()
-    model.compile("adafactor", logits_loss())
+    model.compile("ftrl", logits_loss())
     before = state(model)
-    with pytest.raises(ValueError, match=r"slots of optimizer 'adafactor'"):
+    with pytest.raises(ValueError, match=r"slots of optimizer 'ftrl'"):
         fit(model, [Growth(quick_oracle(), data=arrays(), every=5)], epochs=6)
     assert_same_bits(state(model), before)
     assert not model.optimizer.built
     tfgrow.widen(model, "hidden", 1)  # nothing has to be carried over yet
+
+
+def test_a_loss_of_the_models_own_is_warned_of():
+    class Own(keras.Model):
+        def compute_loss(self, *args, **kwargs):
+            return super().compute_loss(*args, **kwargs)
+
+    stock = mlp()
+    model = tfgrow.convert(Own(stock.inputs, stock.outputs))
+    model.compile("sgd", logits_loss())
+    with pytest.warns(UserWarning, match=r"an? Own with a compute_loss of its own"):
+        fit(model, [Growth(quick_oracle(), data=arrays(), every=5)], epochs=1)
+
+
+def test_units_are_alive_that_vary_over_batches_of_one_sample():
+    model = mlp()
+    x, y = arrays()
+    whole = alive_share(model, {"hidden": 2}, [(x[:32], y[:32])])
+    assert whole == 1.0
+    assert (
+        alive_share(model, {"hidden": 2}, [(x[i : i + 1], y[i : i + 1]) for i in range(32)]) == 1.0
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"journal": 3}, TypeError, "journal must be a path"),
+        ({"every": 0}, ValueError, "every must"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, error, message):
+    with pytest.raises(error, match=message):
+        Growth(quick_oracle(), data=arrays(), **arguments)
 
 
 def test_a_layer_that_goes_on_from_batch_to_batch_is_refused():

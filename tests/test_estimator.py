@@ -599,6 +599,23 @@ def test_endless_data_is_refused_by_passes_but_learned_from():
             work(endless)
 
 
+@pytest.mark.parametrize(
+    "settings", [{"draws": 0}, {"draws": 1.5}, {"seed": -3}], ids=lambda settings: str(settings)
+)
+def test_settings_that_make_no_sense_are_refused_at_once(settings):
+    with pytest.raises(ValueError, match=f"{next(iter(settings))} must be a whole number"):
+        estimator_of(one_hidden_layer(), **settings)
+
+
+@pytest.mark.parametrize("rate", [-1.0, 0.0, np.nan])
+def test_a_learning_rate_that_learns_nothing_is_refused(rate):
+    model = one_hidden_layer()
+    with pytest.raises(ValueError, match="learning_rate must be a positive number"):
+        estimator_of(model).learn(
+            tfgrow.candidates(model), regression_data(model, 8), learning_rate=rate
+        )
+
+
 def test_no_candidates_or_something_else_is_refused():
     model = one_hidden_layer()
     data = regression_data(model)

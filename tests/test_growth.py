@@ -293,3 +293,15 @@ def test_widening_what_is_not_there_or_cannot_grow():
         tfgrow.widen(model, "conv7", 1)
     with pytest.raises(ValueError, match="'out' is an output layer"):
         tfgrow.widen(model, "out", 1)
+
+
+@pytest.mark.parametrize("units", [0, [True], [np.True_]])
+def test_units_to_prune_are_indices(units):
+    model = by_name("perceptron").model()
+    with pytest.raises(TypeError, match="units takes indices"):
+        tfgrow.prune(model, tfgrow.find_sites(model)[0].name, units)
+
+
+def test_nothing_is_no_candidate():
+    with pytest.raises(TypeError, match="Expected Candidates, found NoneType"):
+        tfgrow.apply(by_name("perceptron").model(), None)

@@ -22,6 +22,7 @@ from tfgrow import schedules, strategies
 from tfgrow._checks import require_whole
 from tfgrow._keras import layers_within
 from tfgrow.averaging import WeightAverage, refresh_statistics
+from tfgrow.capture.batches import size_of_batch
 from tfgrow.graph.sites import find_sites
 from tfgrow.growth import describe, newborn_of, size_of, widths_changed, widths_of
 from tfgrow.journal import Journal
@@ -46,6 +47,9 @@ _NO_MODEL = {
 
 DOUBTFUL = 0.25
 """An event that brings less than this share of its estimate is warned of."""
+
+SEEN = 64
+"""About so many samples, and two batches, are enough to see which new units came to life."""
 
 RELEVANT = 0.01
 """Estimates of less than this share of the loss are not: held-out batches don't tell so little."""
@@ -142,6 +146,9 @@ class Growth(keras.callbacks.Callback):
         if verbose not in ("auto", 0, 1, 2):
             raise ValueError(f"verbose must be 'auto', 0, 1 or 2. Found: {verbose!r}")
         require_whole("rounds", rounds, optional=False)
+        require_whole("every", every)
+        if not isinstance(journal, (str, os.PathLike, Journal, type(None))):
+            raise TypeError(f"journal must be a path, a tfgrow.Journal or None. Found: {journal!r}")
         if ema_momentum is not None and not _is_share(ema_momentum):
             raise ValueError(
                 f"ema_momentum must be at least 0 and under 1, or None. Found: {ema_momentum!r}"
@@ -253,6 +260,14 @@ class Growth(keras.callbacks.Callback):
                 )
         self.oracle.check(self.model, self.data)
         check_optimizer(self.model, unbuilt=True)
+        kind = type(self.model)
+        if kind.compute_loss is not keras.Model.compute_loss:
+            warnings.warn(
+                f"Model '{self.model.name}' is a {kind.__name__} with a compute_loss of its own: "
+                "growth estimates, and judges by, the loss that it was compiled with, and knows "
+                "nothing of what that method adds.",
+                stacklevel=2,
+            )
 
     # ---- one event --------------------------------------------------------------------------
 
@@ -279,7 +294,8 @@ class Growth(keras.callbacks.Callback):
             self.journal.append(event)
         self._finished = trial.status == "STOPPED"
         if event.newborn:
-            self._newborn = (*self._newborn, (len(self.journal) - 1, data.held_out[:2]))
+            few = max(2, math.ceil(SEEN / size_of_batch(data.held_out[0])))
+            self._newborn = (*self._newborn, (len(self.journal) - 1, data.held_out[:few]))
         self._say(event)
         gc.collect()  # traced functions are cycles that hold on to replaced variables
 

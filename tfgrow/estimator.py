@@ -11,7 +11,13 @@ import tensorflow as tf
 
 from tfgrow._checks import require_whole
 from tfgrow._keras import compiled_loss_weights
-from tfgrow.capture.batches import batches_of, check_finite, forever
+from tfgrow.capture.batches import (
+    batches_of,
+    check_finite,
+    forever,
+    mean_of_batches,
+    size_of_batch,
+)
 from tfgrow.capture.capture import flat_inputs
 from tfgrow.capture.checks import check_loss
 from tfgrow.capture.execute import float32_compute
@@ -92,6 +98,8 @@ class GaussNewtonEstimator:
         seed=0,
         loss_weights=None,
     ):
+        require_whole("draws", draws, optional=False)
+        require_whole("seed", seed, least=0, optional=False)
         self.model = model
         self.seed = int(seed)
         self._graph = trace(model)
@@ -137,6 +145,8 @@ class GaussNewtonEstimator:
         """
         require_whole("steps", steps, least=0, optional=False)
         require_whole("settle", settle, least=0, optional=False)
+        if not learning_rate > 0:
+            raise ValueError(f"learning_rate must be a positive number. Found: {learning_rate!r}")
         groups, _ = self._group(candidates)
         stream = forever(dataset, seed=self.seed)
         learned = self._learn(candidates, stream, steps, learning_rate, settle, progress)
@@ -167,7 +177,7 @@ class GaussNewtonEstimator:
             adam, sums, kept, moments, objective = step(*inputs)
             check_loss(objective)
             if number >= steps:
-                settled.add(sums, moments)
+                settled.add(sums, moments, size_of_batch(batch))
             if progress is not None:
                 progress(number + 1, steps + settling)
         return _unstack(candidates, groups, positions, parameters.unpack(adam[0]), settled)
@@ -496,12 +506,14 @@ class _Settled:
     def __init__(self):
         self._halves: list = [None, None]
         self._moments: list = []
+        self._sizes: list[int] = []
 
-    def add(self, sums, moments) -> None:
+    def add(self, sums, moments, samples: int) -> None:
         half = len(self._moments) % 2
         known = self._halves[half]
         self._halves[half] = sums if known is None else _add(known, sums)
         self._moments.append(moments)
+        self._sizes.append(samples)
 
     def solve(self, index: int, group) -> dict:
         """A group's solved parameters, at the damping that either half likes for the other."""
@@ -512,10 +524,10 @@ class _Settled:
         return group.morphism.solve(group, add_sums(first, second), damping)
 
     def moments(self, index: int) -> dict[str, np.ndarray]:
-        """A group's statistics, averaged over the batches."""
+        """A group's statistics, averaged over the samples of the batches."""
         seen = [batch[index] for batch in self._moments]
         return {
-            name: np.mean([np.asarray(batch[name]) for batch in seen], axis=0)
+            name: mean_of_batches([batch[name] for batch in seen], self._sizes)
             for name in (seen[0] if seen else ())
         }
 

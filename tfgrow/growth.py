@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -136,6 +137,8 @@ def prune(model: keras.Model, layer: str, units: Sequence[int]) -> GrowthEvent:
     removable = {c.unit: c for c in make_candidates(model, ("prune",), sites=[layer])}
     if not removable:
         raise ValueError(f"Layer '{layer}' has a single unit, which can't be removed.")
+    if isinstance(units, (int, np.integer)) or any(isinstance(u, (bool, np.bool_)) for u in units):
+        raise TypeError(f"units takes indices such as [0, 2]. Found: {units!r}")
     wanted = list(units)
     unknown = [unit for unit in wanted if unit not in removable]
     if unknown or not wanted or len(set(wanted)) < len(wanted):
@@ -157,7 +160,8 @@ def prune(model: keras.Model, layer: str, units: Sequence[int]) -> GrowthEvent:
 def checked(model: keras.Model, candidates: Sequence[Candidate] | Candidate) -> list[Candidate]:
     """The candidates, if there are any and all are of this model as it is now."""
     functional_of(model)  # raises for what has no graph
-    chosen = [candidates] if isinstance(candidates, Candidate) else list(candidates)
+    given: Any = candidates
+    chosen = list(given) if isinstance(given, Iterable) else [given]
     if not chosen:
         raise ValueError("No candidates to apply; make some with tfgrow.candidates(model).")
     for candidate in chosen:

@@ -40,23 +40,55 @@ def alive_share(model: keras.Model, newborn: Mapping[str, int], dataset) -> floa
 
 
 def _deviations(model, graph, sites, dataset) -> list[np.ndarray]:
-    """Per site, its units' standard deviations, summed over batches and consumers: `[units]`."""
-    sums = [np.zeros(site.units) for site in sites]
+    """Per site, its units' standard deviations, summed over consumers: `[units]`."""
+    known: list[dict[str, _Moments]] = [{} for _ in sites]
     for x, _, _ in batches_of(dataset):
         with float32_compute(model):
             values = observe(graph, x).values
-        for total, site in zip(sums, sites, strict=True):
+        for moments, site in zip(known, sites, strict=True):
             if site.heads_blocked is None:
-                total += _deviation(_parts_of_heads(site, values), kept=2).max(axis=1)
-            for leaf in site.leaves:
-                deviation = _deviation(values[tensor_tap(leaf.tensor)])
-                total += deviation[leaf.channels.index].max(axis=1)
-    return sums
+                parts = _parts_of_heads(site, values)
+                moments.setdefault("heads", _Moments(kept=2)).add(parts)
+            for number, leaf in enumerate(site.leaves):
+                value = values[tensor_tap(leaf.tensor)]
+                moments.setdefault(f"leaf/{number}", _Moments()).add(value)
+    return [_of_units(site, moments) for site, moments in zip(sites, known, strict=True)]
 
 
-def _deviation(value, kept: int = 1) -> np.ndarray:
-    """Standard deviation over all but the last axes."""
-    return tf.math.reduce_std(value, list(range(len(value.shape) - kept))).numpy()
+def _of_units(site, moments: Mapping[str, _Moments]) -> np.ndarray:
+    total = np.zeros(site.units)
+    if "heads" in moments:
+        total += moments["heads"].deviation().max(axis=1)
+    for number, leaf in enumerate(site.leaves):
+        deviation = moments[f"leaf/{number}"].deviation()
+        total += deviation[leaf.channels.index].max(axis=1)
+    return total
+
+
+class _Moments:
+    """The standard deviation over batches, and all but the last axes of what they hold.
+
+    Args:
+      kept: how many axes are kept.
+    """
+
+    def __init__(self, kept: int = 1):
+        self._kept = kept
+        self._count = 0
+        self._sum = self._squares = np.float64(0.0)
+
+    def add(self, value) -> None:
+        """Another batch."""
+        axes = list(range(len(value.shape) - self._kept))
+        value = tf.cast(value, tf.float64)
+        self._count += int(np.prod([value.shape[axis] for axis in axes]))
+        self._sum = self._sum + tf.reduce_sum(value, axes).numpy()
+        self._squares = self._squares + tf.reduce_sum(value**2, axes).numpy()
+
+    def deviation(self) -> np.ndarray:
+        """By what is kept."""
+        mean = self._sum / self._count
+        return np.sqrt(np.maximum(self._squares / self._count - mean**2, 0.0))
 
 
 def _parts_of_heads(site, values):

@@ -84,6 +84,15 @@ def test_flops_of_einsums_and_of_lookups():
     assert model_flops(trace(model)) == 2 * (3 * 2 * 3 * 2 + 2 * 2 + 2 * 3 + 3 * 2)
 
 
+def test_a_layer_costs_flops_at_every_call():
+    inputs = [keras.Input((6,)), keras.Input((6,))]
+    encoder = keras.layers.Dense(5, "relu")
+    both = keras.layers.Concatenate()([encoder(x) for x in inputs])
+    model = tfgrow.convert(keras.Model(inputs, keras.layers.Dense(2)(both)))
+    assert model_flops(trace(model)) == 2 * (2 * 6 * 5 + 10 * 2)
+    assert CostModel(trace(model), ()).base.params == model.count_params()
+
+
 def test_flops_of_a_3d_convolution():
     model = by_name("conv3d").model()
     conv1, conv2 = 3**3 * 2**3 * 1 * 3, (3 * 2 * 3) * 2**3 * 3 * 2

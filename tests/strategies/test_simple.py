@@ -106,6 +106,37 @@ def test_widths_are_rounded(name):
         assert after % 4 == 0
 
 
+@pytest.mark.parametrize("name", [*EVERY, "firefly"])
+def test_a_step_too_small_for_the_next_multiple_takes_it_all_the_same(name):
+    model = chain(16, 16)
+    plan = strategy(name, growth_per_step=0.1, round_to=8, max_params=5000, seed=0).propose_plan(
+        model, class_data(model, 64)
+    )
+    assert list(plan.widths.values()) == [(16, 24)]
+
+
+@pytest.mark.parametrize("name", ["uniform", "random"])
+def test_a_step_without_any_limit_is_refused(name):
+    with pytest.raises(ValueError, match="Nothing limits what a step"):
+        strategy(name, growth_per_step=None)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_data_that_do_not_fit_are_refused_before_training(name):
+    model = chain(4, 8, 2)
+    x, y = class_data(model, 16)
+    oracle = strategy(name, growth_per_step=1.0)
+    oracle.check(model, (x, y))
+    for data, message in (
+        ((x, y + 1), "labels 1 to 3"),
+        ((x[:2], y[:2]), "2 samples"),
+        ((x[:, :3], y), r"shape \(3,\)"),
+        ([(x[0], y[0])], r"single samples of shape \(5,\): batch it"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            oracle.check(model, data)
+
+
 def test_include_and_exclude():
     model = chain(4, 8, 2)
     model.compile("adam", "sparse_categorical_crossentropy")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -52,6 +52,13 @@ def forever(dataset, batch_size: int = BATCH_SIZE, seed: int | None = None) -> I
 def size_of_batch(batch: Batch) -> int:
     """Number of its samples."""
     return int(tf.nest.flatten(batch[0])[0].shape[0])
+
+
+def mean_of_batches(means: Sequence, sizes: Sequence[int]) -> np.ndarray:
+    """The mean over all samples, from the means over batches of some sizes; float32."""
+    if len(set(sizes)) == 1:
+        return np.mean([np.asarray(mean) for mean in means], axis=0)
+    return np.average(means, axis=0, weights=sizes).astype("float32")
 
 
 def map_arrays(function: Callable, *structures: Any) -> Any:

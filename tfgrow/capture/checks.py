@@ -61,16 +61,23 @@ def _check_inputs(model, graph: Graph, flat) -> None:
         )
     for value, reference in zip(flat, expected, strict=True):
         known = [size for size in reference.shape[1:] if size is not None]
-        fits = [
-            size in (None, found)
-            for size, found in zip(reference.shape[1:], value.shape[1:], strict=False)
-        ]
         short = value.shape.rank == 1 and known == [1]
-        if not short and (value.shape.rank != len(reference.shape) or not all(fits)):
+        if not short and value.shape.rank and _fit(reference.shape[1:], value.shape):
+            raise ValueError(
+                f"The dataset gives single samples of shape {tuple(value.shape)}: batch it, "
+                "dataset.batch(32)."
+            )
+        if not short and not _fit(reference.shape[1:], value.shape[1:]):
             raise ValueError(
                 f"The dataset's samples have shape {tuple(value.shape[1:])}, but input "
                 f"'{reference.name}' of model '{model.name}' expects {tuple(reference.shape[1:])}."
             )
+
+
+def _fit(expected: Sequence[int | None], found: Sequence[int]) -> bool:
+    """Whether a shape is one that is expected."""
+    pairs = zip(expected, found, strict=False)
+    return len(expected) == len(found) and all(size in (None, other) for size, other in pairs)
 
 
 def check_loss(value: Any) -> None:

@@ -21,11 +21,11 @@ class CostModel:
 
     Parameters are all weights, trainable or not, as `model.count_params()` counts them. FLOPs are
     those of the weights of mixing and depthwise layers and of attention per sample, a multiply-add
-    counting as 2; element-wise work is left out.
+    counting as 2, at every call of a layer; element-wise work is left out.
     """
 
     def __init__(self, graph: Graph, sites: Sequence[Site]):
-        self._layers: dict[int, list] = {}
+        self._layers: dict[int, tuple[Growable, dict, list]] = {}
         self._cache: dict[tuple, Cost] = {}
         fan_in, fan_out, channel = _extras(sites)
         self._heads: dict[str, tuple[int, Cost, int]] = {}
@@ -34,7 +34,9 @@ class CostModel:
             if isinstance(layer, Attention):
                 self._heads[layer.name] = _cost_of_heads(layer, call_of(node, graph.tensors))
                 continue
-            if id(layer) not in self._layers and isinstance(layer, Growable):
+            if not isinstance(layer, Growable):
+                continue
+            if id(layer) not in self._layers:
                 extra = {
                     name: {
                         "fan_in": fan_in.get(id(layer), []),
@@ -43,8 +45,9 @@ class CostModel:
                     }
                     for name in layer.growable_variables()
                 }
-                shape = graph.tensors[node.outputs[0]].shape
-                self._layers[id(layer)] = [layer, extra, shape]
+                self._layers[id(layer)] = layer, extra, []
+            _, _, shapes = self._layers[id(layer)]  # of what it makes at each of its calls
+            shapes.append(graph.tensors[node.outputs[0]].shape)
         self.base = self._count({}, {})
 
     def extra(
@@ -67,13 +70,14 @@ class CostModel:
 
     def _count(self, units, kernels) -> Cost:
         params = flops = 0
-        for layer, extra, shape in self._layers.values():
+        for layer, extra, shapes in self._layers.values():
             sizes = {
                 name: _size(layer, name, terms, units, kernels.get(layer.name))
                 for name, terms in extra.items()
             }
             params += sum(sizes.values())
-            flops += sizes.get(layer.kernel_name, 0) * _flops_per_weight(layer, shape)
+            per_weight = sum(_flops_per_weight(layer, shape) for shape in shapes)
+            flops += sizes.get(layer.kernel_name, 0) * per_weight
         for name, (now, unit, rest) in self._heads.items():
             heads = now + units.get(name, 0)
             params += heads * unit.params + rest

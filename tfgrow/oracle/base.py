@@ -440,6 +440,8 @@ class GrowthOracle(keras_tuner.Oracle, abc.ABC):
 
         An existing project is reloaded, or deleted if `overwrite`.
         """
+        if not isinstance(directory, (str, os.PathLike, type(None))):
+            raise TypeError(f"directory must be a path or None. Found: {directory!r}")
         self._set_project_dir(os.fspath(directory or "."), project_name or "untitled_project")
         if overwrite:
             tf.io.gfile.rmtree(self._project_dir)

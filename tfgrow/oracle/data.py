@@ -9,10 +9,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from itertools import islice
+from typing import Any
 
 import tensorflow as tf
 
 from tfgrow.capture.batches import BATCH_SIZE, Batch, batches_of, map_arrays, size_of_batch
+from tfgrow.estimator import GaussNewtonEstimator
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,6 +51,14 @@ def split_data(
 def _share(batches: int, part: int, wanted: tuple[int, ...]) -> int:
     """How many of the batches a part gets, of those that were wanted for all."""
     return max(1, math.floor(batches * part / sum(wanted)))
+
+
+def check_data(estimator: GaussNewtonEstimator, data: Any) -> None:
+    """Raises ValueError or TypeError for data that fit neither model nor loss, or are too few."""
+    some = data.learn[:1] if isinstance(data, GrowthData) else list(islice(batches_of(data), 3))
+    estimator.loss(some[:1])
+    if not isinstance(data, GrowthData):
+        check_size(sum(size_of_batch(batch) for batch in some))
 
 
 def check_size(samples: int) -> None:

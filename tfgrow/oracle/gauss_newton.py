@@ -6,14 +6,12 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from itertools import islice
 from typing import Any
 
 import keras
 import numpy as np
 
 from tfgrow._checks import require_whole
-from tfgrow.capture.batches import batches_of, size_of_batch
 from tfgrow.curvature.stand_in import STANDS_IN
 from tfgrow.estimator import SETTLE, GaussNewtonEstimator
 from tfgrow.graph.cost import CostModel
@@ -32,7 +30,7 @@ from tfgrow.morphisms.registry import (
     why_closed,
 )
 from tfgrow.oracle.base import GrowthOracle
-from tfgrow.oracle.data import GrowthData, check_size, split_data
+from tfgrow.oracle.data import GrowthData, check_data, split_data
 from tfgrow.oracle.limits import Limits
 from tfgrow.oracle.selection import Group, exclusion_ids, select
 from tfgrow.oracle.worth import Widening, most_units, pick, worth_by_site
@@ -177,12 +175,9 @@ class GaussNewtonOracle(GrowthOracle):
         return score
 
     def check(self, model: keras.Model, data: Any) -> None:
-        """Also checks the loss, and one batch of the data against model and loss."""
+        """Also checks the loss, and some batches of the data against model and loss."""
         super().check(model, data)
-        some = data.learn[:1] if isinstance(data, GrowthData) else list(islice(batches_of(data), 3))
-        GaussNewtonEstimator(model, curvature=self.curvature).loss(some[:1])
-        if not isinstance(data, GrowthData):
-            check_size(sum(size_of_batch(batch) for batch in some))
+        check_data(GaussNewtonEstimator(model, curvature=self.curvature), data)
 
     def split(self, dataset) -> GrowthData:
         """Disjoint batches of a dataset for one growth step."""

@@ -44,8 +44,12 @@ class FixedLengths:
         return np.ones(len(picked))
 
 
-class FreeLengths(FixedLengths):
+class FreeLengths:
     """Picks get the lengths that are best for all of them.
+
+    Of the quadratic that is left after the picks only the diagonal is kept up to date, beside the
+    columns of a Cholesky factor of what they took away: a pick costs as much as there are
+    candidates times picks.
 
     Args:
       linear, gram: the quadratic.
@@ -60,25 +64,46 @@ class FreeLengths(FixedLengths):
         least: np.ndarray,
         ridge: np.ndarray | None = None,
     ) -> None:
-        super().__init__(linear, gram)
+        self.slope = np.array(linear, dtype=np.float64)
+        self._gram = 0.5 * (gram + np.transpose(gram))  # as it was before the picks
+        self._diagonal = np.diag(self._gram).copy()
+        self._factor: list[np.ndarray] = []
         self._least = np.asarray(least, dtype=np.float64)
-        self._ridge = damping_of(self.gram) if ridge is None else ridge
+        self._ridge = damping_of(self._gram) if ridge is None else ridge
 
-    def changes(self, rows=slice(None)):
+    @property
+    def gram(self) -> np.ndarray:
+        """The quadratic that is left, `[n, n]`."""
+        return self._left(np.arange(len(self.slope)))
+
+    def changes(self, rows=slice(None)) -> np.ndarray:
+        """What each of some candidates would change the loss by."""
         slope = self.slope[rows]
         downhill = np.where(self._least[rows] < 0.0, slope, np.minimum(slope, 0.0))
-        return -0.5 * downhill**2 / (np.diag(self.gram)[rows] + self._ridge[rows])
+        return -0.5 * downhill**2 / (self._diagonal[rows] + self._ridge[rows])
 
-    def take(self, i):
-        column = self.gram[:, i].copy()
+    def take(self, i: int) -> None:
+        """Picks a candidate."""
+        column = self._gram[:, i].copy()
+        for taken in self._factor:
+            column -= taken * taken[i]
         pivot = column[i] + self._ridge[i]
         self.slope -= column * (self.slope[i] / pivot)
-        self.gram -= np.outer(column, column) / pivot
+        self._factor.append(column / np.sqrt(pivot))
+        self._diagonal -= self._factor[-1] ** 2
 
-    def of(self, rows):
-        gram = self.gram[np.ix_(rows, rows)]
-        return type(self)(self.slope[rows], gram, self._least[rows], self._ridge[rows])
+    def of(self, rows: np.ndarray) -> FreeLengths:
+        """A copy for some of the candidates only."""
+        left = self._left(np.asarray(rows, dtype=int))
+        return type(self)(self.slope[rows], left, self._least[rows], self._ridge[rows])
 
-    def lengths(self, picked, interaction):
+    def _left(self, rows: np.ndarray) -> np.ndarray:
+        left = self._gram[np.ix_(rows, rows)].copy()
+        for taken in self._factor:
+            left -= np.outer(taken[rows], taken[rows])
+        return left
+
+    def lengths(self, picked: Sequence[int], interaction: Interaction) -> np.ndarray:
+        """At which lengths the picks are to be applied."""
         rows = np.asarray(picked, dtype=int)
         return interaction.of(rows).best_lengths(least=self._least[rows], most=1.0)

@@ -6,12 +6,13 @@ import abc
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import keras
 import numpy as np
 
 from tfgrow._checks import require_whole
+from tfgrow.estimator import GaussNewtonEstimator
 from tfgrow.graph.cost import CostModel
 from tfgrow.graph.nodes import trace
 from tfgrow.graph.sites import Site, sites_of
@@ -19,7 +20,7 @@ from tfgrow.morphisms.base import Candidate
 from tfgrow.morphisms.registry import candidates as make_candidates
 from tfgrow.morphisms.registry import joint_cost, new_widths
 from tfgrow.oracle.base import GrowthOracle
-from tfgrow.oracle.data import GrowthData, split_data
+from tfgrow.oracle.data import GrowthData, check_data, split_data
 from tfgrow.oracle.limits import Limits
 from tfgrow.strategies.statistics import measured
 from tfgrow.types import Plan
@@ -82,6 +83,12 @@ class Strategy(GrowthOracle):
 
     guarded = False
 
+    needs_loss: ClassVar[bool] = False
+    """Whether the model must be compiled with a loss."""
+
+    endless: ClassVar[bool] = False
+    """Whether a step ends only where a limit ends it."""
+
     def __init__(
         self,
         objective: Any = "val_loss",
@@ -92,6 +99,11 @@ class Strategy(GrowthOracle):
     ) -> None:
         super().__init__(objective=objective, growth_per_step=growth_per_step, **kwargs)
         require_whole("batches", batches, optional=False)
+        if self.endless and growth_per_step is self.max_params is self.max_flops is None:
+            raise ValueError(
+                f"Nothing limits what a step of {type(self).__name__} adds. Give growth_per_step, "
+                "max_params or max_flops."
+            )
         self.batches = batches
 
     @abc.abstractmethod
@@ -106,6 +118,12 @@ class Strategy(GrowthOracle):
     def remark(self, chosen: Sequence[Candidate]) -> str:
         """What the plan's reason says, of those chosen or of there being none."""
         return "" if chosen else "no further unit fits the budget"
+
+    def check(self, model: keras.Model, data: Any) -> None:
+        """Also checks the loss, and some batches of the data against model and loss."""
+        super().check(model, data)
+        if self.needs_loss or getattr(model, "loss", None) is not None:
+            check_data(GaussNewtonEstimator(model, curvature="none"), data)
 
     def split(self, dataset) -> GrowthData:
         """Disjoint batches of a dataset for one step: all but a few to measure statistics on."""
@@ -143,7 +161,9 @@ class Strategy(GrowthOracle):
         costs = CostModel(graph, every)
         names = self.site_names([site.names for site in every])
         sites = {site.name: site for site in every if site.name in names}
-        smallest = min((costs.extra({name: 1}).params for name in sites), default=0)
+        multiple = self._limits.round_to or 1
+        steps = {name: -site.units % multiple or multiple for name, site in sites.items()}
+        smallest = min((costs.extra({n: more}).params for n, more in steps.items()), default=0)
         limits = self.limits(model.count_params(), costs.base.flops, smallest)
         return Room(model, sites, costs, limits, self.next_seed(), parts)
 

@@ -19,7 +19,6 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
-import keras
 import numpy as np
 import tensorflow as tf
 
@@ -227,6 +226,8 @@ class LinearStrategy(Strategy):
     for linear near zero, or have too many weights, do not take part; the plan's reason names them.
     """
 
+    needs_loss = True
+
     biases: ClassVar[bool]
     """Whether a new unit's biases are among its incoming weights; else they are zero."""
 
@@ -249,11 +250,6 @@ class LinearStrategy(Strategy):
         """The chosen units as candidates."""
         del room
         return as_candidates(units, found)
-
-    def check(self, model: keras.Model, data: Any) -> None:
-        """Also checks that there is a loss."""
-        super().check(model, data)
-        total_loss(model, trace(model))
 
     def choose(self, room: Room) -> list[Candidate]:
         units, left_out = self._units(room)

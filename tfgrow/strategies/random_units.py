@@ -26,6 +26,8 @@ class RandomUnits(Strategy):
     {'a': (3, 5)}
     """
 
+    endless = True
+
     def choose(self, room: Room) -> list[Candidate]:
         rng = np.random.default_rng(room.seed)
         extra: dict[str, int] = {}

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Sequence
-from itertools import islice
 from typing import Any
 
-import keras
 import numpy as np
 
-from tfgrow.capture.batches import batches_of
-from tfgrow.estimator import GaussNewtonEstimator
 from tfgrow.morphisms.base import Candidate
 from tfgrow.oracle.data import GrowthData, split_data
 from tfgrow.strategies.base import Room, Strategy
@@ -26,6 +22,8 @@ class Ranked(Strategy):
       batches: batches that the edits are found on.
       **kwargs: see `tfgrow.strategies.Strategy`.
     """
+
+    needs_loss = True
 
     def __init__(self, objective: Any = "val_loss", *, batches: int = 16, **kwargs: Any) -> None:
         super().__init__(objective, batches=batches, **kwargs)
@@ -46,12 +44,6 @@ class Ranked(Strategy):
             return dataset
         score = max(1, self.batches // 4)
         return split_data(dataset, self.batches, score, 1, seed=self.next_seed())
-
-    def check(self, model: keras.Model, data: Any) -> None:
-        """Also checks the loss, and one batch of the data against model and loss."""
-        super().check(model, data)
-        some = data.learn[:1] if isinstance(data, GrowthData) else islice(batches_of(data), 1)
-        GaussNewtonEstimator(model, curvature="none").loss(list(some))
 
     def remark(self, chosen: Sequence[Candidate]) -> str:
         return "" if chosen else "no unit that lowers the loss fits the budget"

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import keras
-import numpy as np
 
-from tfgrow.capture.batches import Batch
+from tfgrow.capture.batches import Batch, mean_of_batches, size_of_batch
 from tfgrow.capture.capture import observe
 from tfgrow.capture.execute import float32_compute
 from tfgrow.capture.path import needs_moments
@@ -38,14 +37,16 @@ def measured(
     if not groups_in_need:
         return found
     some = [group for group, _ in groups_in_need]
-    graph, seen = trace(model), []
+    graph, seen, sizes = trace(model), [], []
     with float32_compute(model):
-        for x, *_ in batches:
+        for batch in batches:
+            x, *_ = batch
+            sizes.append(size_of_batch(batch))
             effects = perturb_all(observe(graph, x), some, [g.theta for g in some], fresh=True)
             seen.append([dict(effect.moments) for effect in effects])
     for number, (_, where) in enumerate(groups_in_need):
         names = seen[0][number]
-        state = {n: np.mean([np.asarray(one[number][n]) for one in seen], axis=0) for n in names}
+        state = {n: mean_of_batches([one[number][n] for one in seen], sizes) for n in names}
         for row, position in enumerate(where):
             mine = {name: value[row] for name, value in state.items()}
             old = found[position]

@@ -26,5 +26,7 @@ class Uniform(Strategy):
     {'a': (3, 8)}
     """
 
+    endless = True
+
     def choose(self, room: Room) -> list[Candidate]:
         return room.new_units(scaled_alike(room))
