@@ -22,7 +22,6 @@ from tfgrow import schedules, strategies
 from tfgrow._checks import require_whole
 from tfgrow._keras import layers_within
 from tfgrow.averaging import WeightAverage, refresh_statistics
-from tfgrow.capture.batches import size_of_batch
 from tfgrow.graph.sites import find_sites
 from tfgrow.growth import describe, newborn_of, size_of, widths_changed, widths_of
 from tfgrow.journal import Journal
@@ -47,9 +46,6 @@ _NO_MODEL = {
 
 DOUBTFUL = 0.25
 """An event that brings less than this share of its estimate is warned of."""
-
-SEEN = 64
-"""About so many samples, and two batches, are enough to see which new units came to life."""
 
 RELEVANT = 0.01
 """Estimates of less than this share of the loss are not: held-out batches don't tell so little."""
@@ -294,8 +290,7 @@ class Growth(keras.callbacks.Callback):
             self.journal.append(event)
         self._finished = trial.status == "STOPPED"
         if event.newborn:
-            few = max(2, math.ceil(SEEN / size_of_batch(data.held_out[0])))
-            self._newborn = (*self._newborn, (len(self.journal) - 1, data.held_out[:few]))
+            self._newborn = (*self._newborn, (len(self.journal) - 1, data.few_held_out))
         self._say(event)
         gc.collect()  # traced functions are cycles that hold on to replaced variables
 

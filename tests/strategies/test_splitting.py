@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from keras import layers
 
 import tfgrow
@@ -90,6 +91,22 @@ def test_units_are_split_in_the_order_of_their_eigenvalues(model, data):
         oracle = Splitting(step=0.02, iterations=300, growth_per_step=count)
         plan = oracle.propose_plan(model, one_batch(data))
         assert [c.unit for c in plan.candidates] == best[:count]
+
+
+def test_few_data_are_looked_at_as_a_whole(model):
+    """Of products of noisy matrices, other directions come out than of their mean."""
+    oracle = Splitting(step=0.02, iterations=300, growth_per_step=3, seed=0)
+    parts = oracle.split(regression_data(model, 60))
+    assert len(parts.learn) > 8
+    x, y = (np.concatenate([batch[number] for batch in parts.learn]) for number in (0, 1))
+    values = np.linalg.eigvalsh(splitting_matrices(model, x, y))[:, 0]
+    plan = oracle.propose_plan(model, parts)
+    assert [c.unit for c in plan.candidates] == np.argsort(values)[:3].tolist()
+    splits = Splits(model, plan.candidates, step=0.02)
+    directions = [tf.constant(np.stack([theta_of(c) for c in plan.candidates]), tf.float32)]
+    np.testing.assert_allclose(
+        splits.curvatures(directions, (x, y)), np.sort(values)[:3], rtol=0.02
+    )
 
 
 def test_only_units_of_negative_eigenvalues_are_split(data):

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from itertools import islice
+from collections.abc import Iterable, Sequence
+from itertools import groupby, islice
 from typing import Any
 
 import tensorflow as tf
 
 from tfgrow.capture.batches import BATCH_SIZE, Batch, batches_of, map_arrays, size_of_batch
 from tfgrow.estimator import GaussNewtonEstimator
+
+SEEN = 64
+"""About so many samples are enough to see which units are alive."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -24,6 +28,11 @@ class GrowthData:
     learn: list[Batch]
     score: list[Batch]
     held_out: list[Batch]
+
+    @property
+    def few_held_out(self) -> list[Batch]:
+        """Enough of them to see which units are alive: two batches, and some samples."""
+        return self.held_out[: max(2, math.ceil(SEEN / size_of_batch(self.held_out[0])))]
 
 
 def split_data(
@@ -58,7 +67,7 @@ def check_data(estimator: GaussNewtonEstimator, data: Any) -> None:
     some = data.learn[:1] if isinstance(data, GrowthData) else list(islice(batches_of(data), 3))
     estimator.loss(some[:1])
     if not isinstance(data, GrowthData):
-        check_size(sum(size_of_batch(batch) for batch in some))
+        check_size(_samples(some))
 
 
 def check_size(samples: int) -> None:
@@ -75,10 +84,35 @@ def _finer(batches: list[Batch], pieces: int) -> list[Batch]:
 
     Samples of different shapes, sequences as long as the longest of their batch, stay apart.
     """
-    size = max(1, sum(size_of_batch(batch) for batch in batches) // pieces)
+    size = max(1, _samples(batches) // pieces)
     if len({_shapes(batch) for batch in batches}) == 1:
-        batches = [map_arrays(lambda *parts: tf.concat(parts, axis=0), *batches)]
+        batches = [_joined(batches)]
     return [piece for batch in batches for piece in _pieces(batch, size)]
+
+
+def larger_batches(batches: Iterable[Batch], least: int = BATCH_SIZE) -> list[Batch]:
+    """The same samples in batches of at least so many each, where they can be put together.
+
+    Where there are fewer in all, they are one batch. Samples of different shapes stay apart.
+    """
+    found: list[list[Batch]] = []
+    for _, alike in groupby(batches, key=_shapes):
+        start = len(found)
+        for batch in alike:
+            if len(found) == start or _samples(found[-1]) >= least:
+                found.append([])
+            found[-1].append(batch)
+        if len(found) > start + 1 and _samples(found[-1]) < least:
+            found[-2:] = [[*found[-2], *found[-1]]]
+    return [_joined(some) if len(some) > 1 else some[0] for some in found]
+
+
+def _samples(batches: Iterable[Batch]) -> int:
+    return sum(size_of_batch(batch) for batch in batches)
+
+
+def _joined(batches: Sequence[Batch]) -> Batch:
+    return map_arrays(lambda *parts: tf.concat(parts, axis=0), *batches)
 
 
 def _shapes(batch: Batch) -> tuple:
