@@ -249,3 +249,15 @@ def test_what_makes_no_sense_is_refused():
     model = tfgrow.convert(keras.Sequential([keras.Input((2,)), layers.Dense(2), layers.Dense(1)]))
     with pytest.raises(ValueError, match="not compiled with a loss"):
         GradMax().check(model, None)
+
+
+def test_statistics_of_too_few_samples_are_not_trusted(monkeypatch):
+    """Centred one by one, samples have nothing left in common that a mean over positions sees."""
+    model = by_name("conv_bn_relu").model()
+    model.compile("sgd", "mse")
+    data = regression_data(model, 64)
+    assert GradMax(growth_per_step=2, seed=0).propose_plan(model, all_of(data)).candidates
+    monkeypatch.setattr(linear_units, "MOST_VALUES", 1000)
+    plan = GradMax(growth_per_step=2, seed=0).propose_plan(model, all_of(data))
+    assert not plan.candidates
+    assert "too few for the statistics of its BatchNormalization" in plan.reason

@@ -32,7 +32,7 @@ from tfgrow.capture.capture import (
     producer_responses,
 )
 from tfgrow.capture.checks import check_loss
-from tfgrow.capture.execute import float32_compute, linear_tap, tensor_tap
+from tfgrow.capture.execute import float32_compute, tensor_tap
 from tfgrow.capture.path import Path, needs_moments
 from tfgrow.curvature.arranging import Arranging
 from tfgrow.estimator import total_loss
@@ -64,6 +64,11 @@ MOST_PRODUCTS = 2**23
 
 MOST_VALUES = 2**25
 """So many values of all basis units are made at once; batches of more are taken in slices."""
+
+
+LEAST_NORMALISED = 16
+"""Each slice is centred by itself behind a BatchNormalization: with fewer samples, what they have
+in common is lost."""
 
 
 class LinearUnits:
@@ -169,13 +174,24 @@ class LinearUnits:
 
     def slices(self, captured: Capture) -> Iterator[Capture]:
         """The captured batch in parts small enough for the values of all basis units."""
-        responses = [captured.values[linear_tap(node.index)] for node in self.site.producers]
+        samples = len(producer_responses(captured, self.site)[0])
+        yield from slices(captured, samples, self._values_per_sample(captured))
+
+    def _values_per_sample(self, captured: Capture) -> int:
+        """How many values all basis units have together where they have most."""
         leaves = [captured.values[tensor_tap(leaf.tensor)] for leaf in self.site.leaves]
-        positions = max(int(np.prod(v.shape[1:-1])) for v in (*responses, *leaves))
-        yield from slices(captured, len(responses[0]), self.fan_in * positions)
+        values = [*producer_responses(captured, self.site), *leaves]
+        return self.fan_in * max(int(np.prod(value.shape[1:-1])) for value in values)
 
     def why_not(self, captured: Capture) -> str | None:
         """Why the site's units can't be taken for linear near zero; None if they can."""
+        slice_size = _slice_size(self._values_per_sample(captured))
+        samples = len(producer_responses(captured, self.site)[0])
+        if normalised(self.site) and slice_size < min(LEAST_NORMALISED, samples):
+            return (
+                f"'{self.site.name}' has so many positions that {slice_size} samples fill the "
+                "memory, too few for the statistics of its BatchNormalization"
+            )
         template = int(self.like.state["template"])
         live = [v[..., template : template + 1] for v in producer_responses(captured, self.site)]
         silent = self.values(captured, [tf.zeros_like(response) for response in live])
@@ -303,10 +319,14 @@ def captures(
 
 def slices(captured: Capture, samples: int, per_sample: int) -> Iterator[Capture]:
     """A captured batch in parts of at most `MOST_VALUES` values, given those of a sample."""
-    size = max(1, MOST_VALUES // max(1, per_sample))
+    size = _slice_size(per_sample)
     for start in range(0, samples, size):
         rows = slice(start, start + size)
         yield Capture(_Rows(captured.values, rows), _Rows(captured.cotangents, rows, axis=1))
+
+
+def _slice_size(per_sample: int) -> int:
+    return max(1, MOST_VALUES // max(1, per_sample))
 
 
 def most_per_parameter(room: Room, gains: Mapping[str, np.ndarray]) -> dict[str, int]:
