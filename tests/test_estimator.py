@@ -208,6 +208,15 @@ def test_some_of_a_sites_units_are_worth_what_they_are_among_all():
     np.testing.assert_allclose(some, every[places], rtol=1e-4)
 
 
+def test_worth_of_one_site_and_of_an_unknown_one():
+    model = one_hidden_layer()
+    data = regression_data(model, 20)
+    estimator = estimator_of(model)
+    assert list(estimator.worth(data, data, "hidden")) == ["hidden"]
+    with pytest.raises(ValueError, match=r"no sites named \['nope'\]; its sites are \['hidden'"):
+        estimator.worth(data, data, ["nope"])
+
+
 def test_copies_are_worth_nothing():
     x = np.random.default_rng(1).normal(size=(400, 4)).astype("float32")
     data = x, x[:, :2]

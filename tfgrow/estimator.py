@@ -242,7 +242,7 @@ class GaussNewtonEstimator:
         self,
         dataset,
         judged_on,
-        sites: Iterable[str] | None = None,
+        sites: Iterable[str] | str | None = None,
         units: int | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> dict[str, np.ndarray]:
@@ -257,7 +257,7 @@ class GaussNewtonEstimator:
         Args:
           dataset: what the others' standing in is learned on, as in `learn`.
           judged_on: finite; other samples, on which it is judged.
-          sites: names; all whose units can be taken away by default.
+          sites: names, or one; all whose units can be taken away by default.
           units: how many units of a site are looked at, at most, drawn at random; all by default.
           progress: as in `learn`, of which it is a part.
 
@@ -266,7 +266,7 @@ class GaussNewtonEstimator:
           unit, and those whose units can't go, are left out.
 
         Raises:
-          ValueError: where it is not finite, or there is no curvature.
+          ValueError: for an unknown site; where it is not finite, or there is no curvature.
 
         Example:
 
@@ -280,7 +280,13 @@ class GaussNewtonEstimator:
         ((3,), True)
         """
         every = sites_of(self.model, self._graph)
-        wanted = {site.name for site in every} if sites is None else set(sites)
+        known = {site.name for site in every}
+        wanted = known if sites is None else {sites} if isinstance(sites, str) else set(sites)
+        if wanted - known:
+            raise ValueError(
+                f"Model '{self.model.name}' has no sites named {sorted(wanted - known)}; its sites "
+                f"are {sorted(known)}."
+            )
         require_whole("units", units)
         alone = _some_of_each(
             removals([site for site in every if site.name in wanted]), units, self.seed
