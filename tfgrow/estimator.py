@@ -29,7 +29,7 @@ from tfgrow.curvature.total_loss import TotalLoss, make_total_loss
 from tfgrow.graph.nodes import Graph, trace
 from tfgrow.graph.sites import sites_of
 from tfgrow.graph.versions import version_of
-from tfgrow.morphisms.base import Candidate, Group
+from tfgrow.morphisms.base import Candidate
 from tfgrow.morphisms.registry import at_lengths, get, group_candidates, removals
 from tfgrow.morphisms.retrain import retraining
 from tfgrow.passes import Parameters, Passes, new_adam, tensors
@@ -145,18 +145,16 @@ class GaussNewtonEstimator:
         """
         require_whole("steps", steps, least=0, optional=False)
         require_whole("settle", settle, least=0, optional=False)
-        if not learning_rate > 0:
+        if not (isinstance(learning_rate, (int, float)) and learning_rate > 0):
             raise ValueError(f"learning_rate must be a positive number. Found: {learning_rate!r}")
-        groups, _ = self._group(candidates)
         stream = forever(dataset, seed=self.seed)
-        learned = self._learn(candidates, stream, steps, learning_rate, settle, progress)
-        doubtful = [group for group in groups if is_factored(group.morphism.no_equations(group))]
+        learned, doubtful = self._learn(candidates, stream, steps, learning_rate, settle, progress)
         return self._shortened(learned, doubtful, stream) if doubtful else learned
 
     def _learn(
         self, candidates, stream, steps=0, learning_rate=0.0, settle=SETTLE, progress=None
-    ) -> list[Candidate]:
-        """`learn`, with closed forms as long as their curvature says."""
+    ) -> tuple[list[Candidate], list[int]]:
+        """`learn`, with closed forms as long as their curvature says; and which may be too long."""
         groups, positions = self._group(candidates)
         self._check_solvable(groups)
         parameters = Parameters(groups)
@@ -180,14 +178,14 @@ class GaussNewtonEstimator:
                 settled.add(sums, moments, size_of_batch(batch))
             if progress is not None:
                 progress(number + 1, steps + settling)
-        return _unstack(candidates, groups, positions, parameters.unpack(adam[0]), settled)
+        learned = _unstack(candidates, groups, positions, parameters.unpack(adam[0]), settled)
+        factored = [w for w, sums in zip(positions, kept, strict=True) if is_factored(sums)]
+        return learned, [int(row) for where in factored for row in where]
 
     def _shortened(
-        self, learned: Sequence[Candidate], doubtful: Sequence[Group], stream: Iterator
+        self, learned: Sequence[Candidate], rows: Sequence[int], stream: Iterator
     ) -> list[Candidate]:
-        """Candidates of some groups at the best length up to 1 of each alone."""
-        keys = {(group.site.name, group.morphism.name) for group in doubtful}
-        rows = [row for row, one in enumerate(learned) if (one.site.name, one.morphism) in keys]
+        """The candidates, those of some rows at the best length up to 1 of each alone."""
         groups, positions = self._group([learned[row] for row in rows])
         thetas = [tensors(group.theta) for group in groups]
         _, linear, curvature = self._sum(
@@ -195,8 +193,10 @@ class GaussNewtonEstimator:
             lambda batch, seed, th: self._passes.alone(batch, seed, groups, th),
             thetas,
         )
-        best = np.where(-linear < curvature, np.maximum(-linear, 0.0), 1.0)
-        best = best / np.where(-linear < curvature, curvature, 1.0)
+        too_long = -linear < curvature
+        best = np.where(
+            too_long, np.maximum(-linear, 0.0) / np.where(too_long, curvature, 1.0), 1.0
+        )
         found = list(learned)
         for place, length in zip(np.concatenate(positions), best, strict=True):
             one = learned[rows[place]]
@@ -225,7 +225,7 @@ class GaussNewtonEstimator:
         directions = retraining(self.model, self._graph)
         if not directions:
             return 0.0
-        learned = self._learn(directions, forever(dataset, seed=self.seed))
+        learned, _ = self._learn(directions, forever(dataset, seed=self.seed))
         interaction, before = self._interaction(learned, judged_on)
         lengths = interaction.best_lengths()
         for alpha in SETTLING_ALPHAS:
@@ -295,7 +295,7 @@ class GaussNewtonEstimator:
             return {}
         with self._at_minimum():
             stream = forever(dataset, seed=self.seed)
-            learned = self._learn(alone, stream, progress=progress)
+            learned, _ = self._learn(alone, stream, progress=progress)
             scores = self.score(learned, judged_on)
         found: dict[str, list[float]] = {}
         for removal, score in zip(alone, scores, strict=True):

@@ -137,9 +137,9 @@ def prune(model: keras.Model, layer: str, units: Sequence[int]) -> GrowthEvent:
     removable = {c.unit: c for c in make_candidates(model, ("prune",), sites=[layer])}
     if not removable:
         raise ValueError(f"Layer '{layer}' has a single unit, which can't be removed.")
-    if isinstance(units, (int, np.integer)) or any(isinstance(u, (bool, np.bool_)) for u in units):
+    wanted = list(units) if isinstance(units, Iterable) else None
+    if wanted is None or any(isinstance(unit, (bool, np.bool_)) for unit in wanted):
         raise TypeError(f"units takes indices such as [0, 2]. Found: {units!r}")
-    wanted = list(units)
     unknown = [unit for unit in wanted if unit not in removable]
     if unknown or not wanted or len(set(wanted)) < len(wanted):
         raise ValueError(

@@ -32,7 +32,8 @@ class GrowthData:
     @property
     def few_held_out(self) -> list[Batch]:
         """Enough of them to see which units are alive: two batches, and some samples."""
-        return self.held_out[: max(2, math.ceil(SEEN / size_of_batch(self.held_out[0])))]
+        first = _samples(self.held_out[:1]) or SEEN
+        return self.held_out[: max(2, math.ceil(SEEN / first))]
 
 
 def split_data(
