@@ -213,7 +213,7 @@ def test_worth_of_one_site_and_of_an_unknown_one():
     data = regression_data(model, 20)
     estimator = estimator_of(model)
     assert list(estimator.worth(data, data, "hidden")) == ["hidden"]
-    with pytest.raises(ValueError, match=r"no sites named \['nope'\]; its sites are \['hidden'"):
+    with pytest.raises(ValueError, match=r"no site named 'nope'; its sites are \['hidden'"):
         estimator.worth(data, data, ["nope"])
 
 

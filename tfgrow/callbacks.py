@@ -256,14 +256,7 @@ class Growth(keras.callbacks.Callback):
                 )
         self.oracle.check(self.model, self.data)
         check_optimizer(self.model, unbuilt=True)
-        kind = type(self.model)
-        if kind.compute_loss is not keras.Model.compute_loss:
-            warnings.warn(
-                f"Model '{self.model.name}' is a {kind.__name__} with a compute_loss of its own: "
-                "growth estimates, and judges by, the loss that it was compiled with, and knows "
-                "nothing of what that method adds.",
-                stacklevel=2,
-            )
+        _warn_of_own_loss(self.model)
 
     # ---- one event --------------------------------------------------------------------------
 
@@ -453,6 +446,17 @@ class Growth(keras.callbacks.Callback):
                 self._peers = owner.callbacks
                 return
             frame = frame.f_back
+
+
+def _warn_of_own_loss(model: keras.Model) -> None:
+    kind = type(model)
+    if kind.compute_loss is not keras.Model.compute_loss:
+        warnings.warn(
+            f"Model '{model.name}' is a {kind.__name__} with a compute_loss of its own: growth "
+            "estimates, and judges by, the loss that it was compiled with, and knows nothing of "
+            "what that method adds.",
+            stacklevel=2,
+        )
 
 
 def event_line(event: GrowthEvent) -> str:

@@ -30,9 +30,9 @@ from tfgrow.graph.nodes import Graph, trace
 from tfgrow.graph.sites import sites_of
 from tfgrow.graph.versions import version_of
 from tfgrow.morphisms.base import Candidate
-from tfgrow.morphisms.registry import at_lengths, get, group_candidates, removals
+from tfgrow.morphisms.registry import at_lengths, group_candidates, named, removals
 from tfgrow.morphisms.retrain import retraining
-from tfgrow.passes import Parameters, Passes, new_adam, tensors
+from tfgrow.passes import Parameters, Passes, best_lengths, new_adam, tensors
 from tfgrow.types import Interaction
 
 SETTLE = 12
@@ -193,14 +193,11 @@ class GaussNewtonEstimator:
             lambda batch, seed, th: self._passes.alone(batch, seed, groups, th),
             thetas,
         )
-        too_long = -linear < curvature
-        best = np.where(
-            too_long, np.maximum(-linear, 0.0) / np.where(too_long, curvature, 1.0), 1.0
-        )
+        order = np.argsort(np.concatenate(positions))
+        lengths = best_lengths(linear, curvature).numpy()[order]
         found = list(learned)
-        for place, length in zip(np.concatenate(positions), best, strict=True):
-            one = learned[rows[place]]
-            found[rows[place]] = get(one.morphism).scaled(one, float(length)) or one
+        for row, one in zip(rows, at_lengths([learned[row] for row in rows], lengths), strict=True):
+            found[row] = one
         return found
 
     def settle(self, dataset, judged_on) -> float:
@@ -280,13 +277,8 @@ class GaussNewtonEstimator:
         ((3,), True)
         """
         every = sites_of(self.model, self._graph)
-        known = {site.name for site in every}
-        wanted = known if sites is None else {sites} if isinstance(sites, str) else set(sites)
-        if wanted - known:
-            raise ValueError(
-                f"Model '{self.model.name}' has no sites named {sorted(wanted - known)}; its sites "
-                f"are {sorted(known)}."
-            )
+        chosen = every if sites is None else named(self.model, every, sites).values()
+        wanted = {site.name for site in chosen}
         require_whole("units", units)
         alone = _some_of_each(
             removals([site for site in every if site.name in wanted]), units, self.seed

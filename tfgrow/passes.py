@@ -389,7 +389,7 @@ def objective(groups, covectors, perturbed, too_long: Sequence[bool] | None = No
     every = _scalars(groups, covectors, perturbed)
     which = too_long or [False] * len(groups)
     for group, mine, scalars, shorten in zip(groups, covectors, every, which, strict=True):
-        lengths = _best_lengths(scalars) if shorten else 1.0
+        lengths = _lengths_on(scalars) if shorten else 1.0
         scalars = lengths * scalars
         weights = first + (1.0 - first) * scalars
         total += 0.5 * tf.reduce_sum((first + weights) * scalars)
@@ -397,10 +397,15 @@ def objective(groups, covectors, perturbed, too_long: Sequence[bool] | None = No
     return total, slopes
 
 
-def _best_lengths(scalars):
-    """The best lengths up to 1 of candidates, `[n]`, by their scalars `[1 + K, N, n]`."""
-    slope = -tf.reduce_sum(scalars[0], axis=0)
+def _lengths_on(scalars):
+    """The best lengths of candidates, `[n]`, on a batch with their scalars `[1 + K, N, n]`."""
     curvature = tf.reduce_sum(scalars[1:] ** 2, axis=(0, 1))
+    return best_lengths(tf.reduce_sum(scalars[0], axis=0), curvature)
+
+
+def best_lengths(linear, curvature):
+    """The lengths up to 1 at which candidates alone change the loss most, `[n]`, as a tensor."""
+    slope = -linear
     return tf.where(slope < curvature, tf.math.divide_no_nan(tf.nn.relu(slope), curvature), 1.0)
 
 

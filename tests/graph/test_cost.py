@@ -93,6 +93,19 @@ def test_a_layer_costs_flops_at_every_call():
     assert CostModel(trace(model), ()).base.params == model.count_params()
 
 
+def test_attention_costs_flops_at_every_call():
+    def model(calls):
+        x = inputs = keras.Input((5, 6))
+        attention = keras.layers.MultiHeadAttention(2, 3)
+        for _ in range(calls):
+            x = attention(x, x)
+        return tfgrow.convert(keras.Model(inputs, keras.layers.Dense(2)(x)))
+
+    once, twice, thrice = (CostModel(trace(model(calls)), ()).base for calls in (1, 2, 3))
+    assert once.params == twice.params == thrice.params
+    assert thrice.flops - twice.flops == twice.flops - once.flops > 0
+
+
 def test_flops_of_a_3d_convolution():
     model = by_name("conv3d").model()
     conv1, conv2 = 3**3 * 2**3 * 1 * 3, (3 * 2 * 3) * 2**3 * 3 * 2

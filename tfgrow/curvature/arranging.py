@@ -42,17 +42,17 @@ class Arranging:
         """
         arranged = self._loss.arranged(batch)
         x, targets, weights = check_batch(self._model, self._graph, arranged, self._loss.labels)
-        if not self._masked:
+        if not self._with_mask:
             return x, targets, weights
         with float32_compute(self._model):
             masks = self._masks(x)
         weights = list(weights)
-        for number, mask in zip(self._masked, masks, strict=True):
+        for number, mask in zip(self._with_mask, masks, strict=True):
             weights[number] = _masked(weights[number], mask)
         return x, targets, tuple(weights)
 
     @functools.cached_property
-    def _masked(self) -> list[int]:
+    def _with_mask(self) -> list[int]:
         """The parts whose outputs have a mask."""
         outputs = [self._output(number) for number in range(len(self._loss.parts))]
         masks = [mask_of(self._graph.tensors[output]) for output in outputs]
@@ -67,7 +67,7 @@ class Arranging:
 
         def masks(x):
             values = execute(self._graph, prepare_inputs(self._graph, x))
-            return [mask_of(values[tensor_tap(self._output(number))]) for number in self._masked]
+            return [mask_of(values[tensor_tap(self._output(number))]) for number in self._with_mask]
 
         return tf.function(masks, reduce_retracing=True, autograph=False)
 

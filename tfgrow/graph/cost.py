@@ -32,7 +32,11 @@ class CostModel:
         for node in graph.nodes:
             layer = node.operation
             if isinstance(layer, Attention):
-                self._heads[layer.name] = _cost_of_heads(layer, call_of(node, graph.tensors))
+                now, unit, rest = _cost_of_heads(layer, call_of(node, graph.tensors))
+                if layer.name in self._heads:  # another call costs FLOPs, no parameters
+                    before = self._heads[layer.name][1].flops
+                    unit = Cost(unit.params, before + unit.flops)
+                self._heads[layer.name] = now, unit, rest
                 continue
             if not isinstance(layer, Growable):
                 continue

@@ -226,8 +226,30 @@ def _chosen(model, every: Sequence[Site], kinds: Sequence[Morphism], wanted) -> 
             reasons = "; ".join(f"{site.name}: {why_closed(site, kinds)}" for site in every)
             raise ValueError(f"Nothing in model '{model.name}' can grow. {reasons}")
         return chosen
-    by_name = {name: site for site in every for name in site.names}
     chosen = []
+    for name, site in named(model, every, wanted).items():
+        if not open_sites([site], kinds):
+            raise ValueError(f"Site '{name}' can't grow: {why_closed(site, kinds)}.")
+        if site not in chosen:
+            chosen.append(site)
+    return chosen
+
+
+def named(
+    model: keras.Model, every: Sequence[Site], wanted: Iterable[str | Site] | str | Site
+) -> dict[str, Site]:
+    """Sites by the names that they are wanted by.
+
+    Args:
+      model: named in errors.
+      every: its sites.
+      wanted: names or sites, or one of them.
+
+    Raises:
+      ValueError: for a name that none of them has, or a site of another model.
+    """
+    by_name = {name: site for site in every for name in site.names}
+    found = {}
     for item in [wanted] if isinstance(wanted, (str, Site)) else wanted:
         name = item.name if isinstance(item, Site) else item
         if name not in by_name:
@@ -236,11 +258,8 @@ def _chosen(model, every: Sequence[Site], kinds: Sequence[Morphism], wanted) -> 
             )
         if isinstance(item, Site):
             check_current(model, item)
-        if not open_sites([by_name[name]], kinds):
-            raise ValueError(f"Site '{name}' can't grow: {why_closed(by_name[name], kinds)}.")
-        if by_name[name] not in chosen:
-            chosen.append(by_name[name])
-    return chosen
+        found[name] = by_name[name]
+    return found
 
 
 def check_current(model: keras.Model, site: Site) -> None:

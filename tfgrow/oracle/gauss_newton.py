@@ -31,7 +31,7 @@ from tfgrow.morphisms.registry import (
 )
 from tfgrow.oracle.base import GrowthOracle
 from tfgrow.oracle.data import GrowthData, check_data, split_data
-from tfgrow.oracle.limits import Limits
+from tfgrow.oracle.limits import Limits, up_to_multiple
 from tfgrow.oracle.selection import Group, exclusion_ids, select
 from tfgrow.oracle.worth import Widening, most_units, pick, worth_by_site
 from tfgrow.types import Cost, Interaction, Plan
@@ -352,7 +352,7 @@ class GaussNewtonOracle(GrowthOracle):
         for site in (site for site in sites if site.name in names):
             for kind in (kind for kind in self.morphisms if kind.reason(site) is None):
                 if kind.units > 0:
-                    smallest.append(costs.extra({site.name: -site.units % multiple or multiple}))
+                    smallest.append(costs.extra({site.name: up_to_multiple(site.units, multiple)}))
                 elif kind.units == 0:
                     every = kind.candidates(site, new_units=1, seed=0)
                     smallest += [joint_cost(costs, [candidate]) for candidate in every]

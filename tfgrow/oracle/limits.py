@@ -11,6 +11,11 @@ from tfgrow._checks import require_whole
 from tfgrow.types import Cost
 
 
+def up_to_multiple(units: int, multiple: int) -> int:
+    """How many more units bring a width to its next multiple; one of it, if it is one already."""
+    return -units % multiple or multiple
+
+
 @dataclasses.dataclass(frozen=True)
 class Limits:
     """What a selection may spend.

@@ -27,7 +27,7 @@ from tfgrow.graph.cost import CostModel
 from tfgrow.graph.sites import Site
 from tfgrow.morphisms.base import Morphism
 from tfgrow.oracle.data import GrowthData
-from tfgrow.oracle.limits import Limits
+from tfgrow.oracle.limits import Limits, up_to_multiple
 from tfgrow.oracle.quadratics import FreeLengths
 from tfgrow.types import Cost, Interaction
 
@@ -216,7 +216,7 @@ class _Steps:
 
 def _steps(units: int, multiple: int) -> list[int]:
     """By how many units a site may be widened next: the larger step, and the smallest."""
-    least = -units % multiple or multiple
+    least = up_to_multiple(units, multiple)
     more = int(AT_ONCE * units) // multiple * multiple
     return [least + more, least] if more else [least]
 
@@ -283,7 +283,7 @@ def most_units(site: Site, kinds: Sequence[Morphism], at_least: int = 1, multipl
         return 0
     if all(kind.edits_unit for kind in widening):
         return site.units
-    return max((MOST_TIMES - 1) * site.units, at_least, -site.units % multiple or multiple)
+    return max((MOST_TIMES - 1) * site.units, at_least, up_to_multiple(site.units, multiple))
 
 
 def pick(

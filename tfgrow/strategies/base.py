@@ -21,7 +21,7 @@ from tfgrow.morphisms.registry import candidates as make_candidates
 from tfgrow.morphisms.registry import joint_cost, new_widths
 from tfgrow.oracle.base import GrowthOracle
 from tfgrow.oracle.data import GrowthData, check_data, split_data
-from tfgrow.oracle.limits import Limits
+from tfgrow.oracle.limits import Limits, up_to_multiple
 from tfgrow.strategies.statistics import measured
 from tfgrow.types import Plan
 
@@ -54,7 +54,7 @@ class Room:
         """The next allowed width of a site that is to have so many more units: by `round_to`."""
         multiple = self.limits.round_to or 1
         width = self.sites[site].units + extra
-        return width + (-width % multiple or multiple)
+        return width + up_to_multiple(width, multiple)
 
     def new_units(self, extra: Mapping[str, int]) -> list[Candidate]:
         """So many new units: random incoming weights, outgoing ones of zero."""
@@ -162,7 +162,7 @@ class Strategy(GrowthOracle):
         names = self.site_names([site.names for site in every])
         sites = {site.name: site for site in every if site.name in names}
         multiple = self._limits.round_to or 1
-        steps = {name: -site.units % multiple or multiple for name, site in sites.items()}
+        steps = {name: up_to_multiple(site.units, multiple) for name, site in sites.items()}
         smallest = min((costs.extra({n: more}).params for n, more in steps.items()), default=0)
         limits = self.limits(model.count_params(), costs.base.flops, smallest)
         return Room(model, sites, costs, limits, self.next_seed(), parts)
