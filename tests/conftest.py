@@ -52,5 +52,13 @@ class FreshKeras:
         keras.config.set_dtype_policy("float32")
 
 
+@pytest.fixture
+def rng():
+    """Random numbers that no other test draws from: workers share the tests out anew each run."""
+    import numpy as np
+
+    return np.random.default_rng(0)
+
+
 def pytest_configure(config):
     config.pluginmanager.register(FreshKeras(), "fresh-keras")

@@ -10,7 +10,6 @@ import tfgrow
 from tests.cases import randomize
 
 LOSS = "sparse_categorical_crossentropy"
-rng = np.random.default_rng(0)
 
 
 def classifier(*tail, features=6, activation="relu"):
@@ -31,6 +30,8 @@ def compiled(stock, loss=LOSS):
 
 
 def points(samples=24, features=6, classes=3):
+    """The same ones in every test, whichever ran before."""
+    rng = np.random.default_rng(1)
     x = rng.normal(size=(samples, features)).astype("float32")
     return x, rng.integers(0, classes, samples)
 
@@ -60,14 +61,14 @@ def assert_as_keras_has_it(model, data, curvature="exact"):
 
 
 @pytest.mark.parametrize("shape", [(24,), (24, 1)])
-def test_weights_of_samples(shape):
+def test_weights_of_samples(shape, rng):
     data = (*points(), rng.uniform(0.1, 2.0, shape))
     assert_as_keras_has_it(classifier(), data)
 
 
 @pytest.mark.parametrize("steps", [7, 24])
 @pytest.mark.parametrize("curvature", ["exact", "empirical"])
-def test_weights_of_time_steps(steps, curvature):
+def test_weights_of_time_steps(steps, curvature, rng):
     """Also where there are as many steps as samples, which could be taken for each other."""
     keras.utils.set_random_seed(0)
     model = compiled(
@@ -149,7 +150,7 @@ def test_masked_positions_count_as_in_fit(masking, weighted):
     assert of_keras() - before == pytest.approx(true[0], rel=0.01, abs=1e-6)
 
 
-def test_inputs_of_a_dict_are_read_by_name():
+def test_inputs_of_a_dict_are_read_by_name(rng):
     second, first = keras.Input((2,), name="b"), keras.Input((2,), name="a")
     x = layers.Concatenate()([layers.Dense(2)(second), first])
     model = compiled(keras.Model([second, first], layers.Dense(1)(layers.Dense(3)(x))), "mse")
@@ -160,7 +161,7 @@ def test_inputs_of_a_dict_are_read_by_name():
     np.testing.assert_allclose(estimator.loss((values, y)), expected, rtol=1e-5)
 
 
-def test_a_single_output_may_have_a_name():
+def test_a_single_output_may_have_a_name(rng):
     inputs = keras.Input((6,))
     outputs = {"score": layers.Dense(1)(layers.Dense(3, "tanh")(inputs))}
     model = compiled(keras.Model(inputs, outputs), {"score": "mse"})
@@ -169,7 +170,7 @@ def test_a_single_output_may_have_a_name():
     assert tfgrow.GaussNewtonEstimator(model).loss((x, y)) > 0
 
 
-def test_maps_of_one_position_before_a_global_maximum():
+def test_maps_of_one_position_before_a_global_maximum(rng):
     keras.utils.set_random_seed(0)
     parts = [layers.Conv2D(3, 3), layers.MaxPooling2D(2), layers.Conv2D(4, 3)]
     parts += [layers.GlobalMaxPooling2D(), layers.Dense(3, "softmax")]
@@ -180,7 +181,7 @@ def test_maps_of_one_position_before_a_global_maximum():
     assert (estimator.score(learned, data) < 0).all()
 
 
-def test_images_of_several_sizes_in_one_dataset():
+def test_images_of_several_sizes_in_one_dataset(rng):
     keras.utils.set_random_seed(0)
     parts = [layers.Conv2D(3, 3, activation="relu"), layers.MaxPooling2D(2), layers.Conv2D(4, 3)]
     parts += [layers.GlobalAveragePooling2D(), layers.Dense(3, "softmax")]
@@ -196,7 +197,7 @@ def test_images_of_several_sizes_in_one_dataset():
     np.testing.assert_allclose(scores, truths, atol=0.1 * np.abs(truths).max())
 
 
-def test_sequences_are_as_long_as_the_longest_of_their_batch():
+def test_sequences_are_as_long_as_the_longest_of_their_batch(rng):
     """Scores over batches of several lengths are the mean of those over each length."""
     keras.utils.set_random_seed(0)
     tokens = keras.Input((None,), dtype="int32")
@@ -206,10 +207,11 @@ def test_sequences_are_as_long_as_the_longest_of_their_batch():
     data = [(rng.integers(0, 9, (n, length)), rng.integers(0, 3, n))
             for n, length in ((4, 5), (4, 7), (2, 6))]  # fmt: skip
     estimator = tfgrow.GaussNewtonEstimator(model, curvature="exact")
-    learned = small(estimator.learn(tfgrow.candidates(model, new_units=1), data, steps=2), 0.3)
+    learned = small(estimator.learn(tfgrow.candidates(model, new_units=1), data, steps=2), 0.1)
     scores = estimator.score(learned, data)
     apart = [estimator.score(learned, batch) for batch in data]
-    np.testing.assert_allclose(scores, np.average(apart, axis=0, weights=[4, 4, 2]), rtol=1e-3)
+    mean = np.average(apart, axis=0, weights=[4, 4, 2])
+    np.testing.assert_allclose(scores, mean, rtol=1e-3, atol=1e-7)
     truths = [tfgrow.measure_change(model, [c], data) for c in learned]
     np.testing.assert_allclose(scores, truths, atol=0.1 * np.abs(truths).max())
 
@@ -324,7 +326,7 @@ def test_losses_without_curvature_on_the_data(loss):
     assert min(tfgrow.measure_change(model, [c], data) for c in learned) < -0.05 * before
 
 
-def test_a_unit_that_hardly_fires_gets_no_wild_weights():
+def test_a_unit_that_hardly_fires_gets_no_wild_weights(rng):
     """It fires on one sample of 200, which its outgoing weights alone could fit perfectly."""
     model = classifier(features=2)
     x = rng.normal(size=(200, 2)).astype("float32")

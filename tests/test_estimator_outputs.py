@@ -16,7 +16,6 @@ from tfgrow.graph.nodes import trace
 from tfgrow.oracle.data import split_data
 
 SAMPLES = 24
-rng = np.random.default_rng(0)
 LABEL = "sparse_categorical_crossentropy"
 
 
@@ -41,10 +40,11 @@ def named(label, score):
     return {"score": score, "label": label}
 
 
-X = [rng.normal(size=(SAMPLES, size)).astype("float32") for size in (4, 2)]
-LABELS = rng.integers(0, 3, SAMPLES)
-SCORES = rng.normal(size=(SAMPLES, 2)).astype("float32")
-W1, W2 = rng.uniform(0.1, 2.0, (2, SAMPLES)).astype("float32")
+_rng = np.random.default_rng(0)
+X = [_rng.normal(size=(SAMPLES, size)).astype("float32") for size in (4, 2)]
+LABELS = _rng.integers(0, 3, SAMPLES)
+SCORES = _rng.normal(size=(SAMPLES, 2)).astype("float32")
+W1, W2 = _rng.uniform(0.1, 2.0, (2, SAMPLES)).astype("float32")
 
 
 def small(candidates, scale=0.1):
@@ -167,7 +167,7 @@ def test_the_loss_weight_of_a_single_output(curvature):
     np.testing.assert_allclose(weighted.gram, 0.25 * plain.gram, rtol=1e-4, atol=1e-8)
 
 
-def test_maps_beside_vectors():
+def test_maps_beside_vectors(rng):
     """An output with positions, weighed by position, and one without."""
     keras.utils.set_random_seed(0)
     inputs = keras.Input((5, 5, 2))
@@ -253,6 +253,7 @@ def total_of(curvature, loss=("mse", "mse"), sizes=(2, 2)):
     graph = trace(keras.Model(inputs, [layers.Dense(size)(x) for size in sizes]))
     weights = [0.5 + number for number in range(len(sizes))]
     total = make_total_loss(graph, list(loss), weights, curvature)
+    rng = np.random.default_rng(1)
     z = [tf.constant(rng.normal(size=(3, size)).astype("float32")) for size in sizes]
     y = [rng.normal(size=(3, size)).astype("float32") for size in sizes]
     ((_, y, w),) = [total.arranged(b) for b in batches_of((np.ones((3, 3)), y))]
@@ -309,7 +310,7 @@ def test_the_empirical_column_of_each_output_is_its_own_gradient():
         np.testing.assert_allclose(root * column[number], gradients[number], rtol=1e-5)
 
 
-def test_loss_weights_scale_the_empirical_column_of_weighed_positions():
+def test_loss_weights_scale_the_empirical_column_of_weighed_positions(rng):
     inputs = keras.Input((5, 3))
     graph = trace(keras.Model(inputs, layers.Dense(2)(inputs)))
     z = [tf.constant(rng.normal(size=(4, 5, 2)).astype("float32"))]
