@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tfgrow.capture.capture import Capture, capture, moved, observe, prepare_inputs, push_forward
+from tfgrow.capture.capture import Capture, capture, moved, observe, prepare_inputs
 from tfgrow.capture.execute import execute
+from tfgrow.capture.forward import push_forward
 from tfgrow.curvature.normal import LEARNING_DAMPING, add_sums, is_factored, scale_sums
 from tfgrow.curvature.total_loss import TotalLoss
 from tfgrow.graph.nodes import Graph

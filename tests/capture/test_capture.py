@@ -16,9 +16,9 @@ from tfgrow.capture.capture import (
     leaf_taps,
     observe,
     prepare_inputs,
-    push_forward,
 )
 from tfgrow.capture.execute import execute, linear_tap, tensor_tap
+from tfgrow.capture.forward import push_forward
 from tfgrow.curvature.loss_head import make_loss_head
 from tfgrow.graph.nodes import trace
 from tfgrow.graph.sites import sites_of

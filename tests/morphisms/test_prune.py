@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from keras import layers
 
 import tfgrow
 from tests.cases import CASES, by_name, inputs_of, randomize, regression_data
@@ -275,6 +276,51 @@ def test_factored_curvature_is_the_whole_one_where_the_unit_is_equally_sensitive
     free = np.ones(5, dtype=bool)
     solutions = [stand_in.solve(s, free, np.arange(4), 0.1) for s in (factored, whole)]
     np.testing.assert_allclose(*solutions, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("positions", [(2, 1), (9, 4)], ids=["few", "many"])
+def test_factored_curvature_is_as_large_as_the_whole(monkeypatch, positions):
+    """Positions that say the same make the whole many times what they make one by one."""
+    rng = np.random.default_rng(0)
+    samples, units, blocks = stand_in.SAMPLES, 5, 2
+    values, covectors = [], []
+    for count in positions:
+        alike = 3.0 + rng.standard_normal((samples, count, units, blocks))
+        values.append(tf.constant(alike, tf.float32))
+        same = rng.standard_normal((3, samples, 1, units, 1)) * np.ones((count, 1, blocks))
+        covectors.append(tf.constant(same, tf.float32))
+    whole = stand_in.stand_in_sums(values, covectors)
+    monkeypatch.setattr(stand_in, "DENSE_LIMIT", 1)
+    factored = stand_in.stand_in_sums(values, covectors)
+    trace = np.einsum("nii->n", whole["q"][:, :-1, :-1])
+    multiple = stand_in._sensitivity(factored) * np.trace(factored["a"][:-1, :-1])
+    np.testing.assert_allclose(multiple, trace, rtol=1e-4)
+    one_by_one = factored["s"] / factored["rows"] * np.trace(factored["a"][:-1, :-1])
+    assert np.all(multiple > 1.5 * one_by_one)
+
+
+@pytest.mark.parametrize("limit", [stand_in.DENSE_LIMIT, 1], ids=["whole", "factored"])
+def test_removals_before_an_average_of_positions(monkeypatch, limit):
+    """Standing in must not be worse than leaving the unit out, on other samples."""
+    monkeypatch.setattr(stand_in, "DENSE_LIMIT", limit)
+    inputs = keras.Input((32, 1))
+    x = layers.Conv1D(12, 9, padding="same", activation="relu", name="studied")(inputs)
+    x = layers.Conv1D(8, 9, padding="same", activation="relu")(x)
+    x = layers.Dense(3, "softmax")(layers.GlobalAveragePooling1D()(x))
+    model = tfgrow.convert(keras.Model(inputs, x))
+    model.compile(keras.optimizers.Adam(0.01), "sparse_categorical_crossentropy")
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(768, 32, 1)).astype("float32")
+    y = np.digitize(np.abs(x).mean(axis=(1, 2)), [0.75, 0.85])
+    train, fresh = (x[:512], y[:512]), (x[512:], y[512:])
+    model.fit(*train, epochs=3, verbose=0)
+    estimator = tfgrow.GaussNewtonEstimator(model)
+    removals = tfgrow.candidates(model, "prune", sites=["studied"])
+    learned = estimator.learn(removals, train, steps=0)
+    changes = [tfgrow.measure_change(model, [one], fresh) for one in learned]
+    alone = [tfgrow.measure_change(model, [one], fresh) for one in removals]
+    assert np.mean(changes) < np.mean(alone)
+    assert np.max(changes) < 0.1
 
 
 def test_a_copied_unit_goes_for_nothing():

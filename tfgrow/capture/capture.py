@@ -226,24 +226,6 @@ def observe(graph: Graph, x) -> Capture:
     return Capture(execute(graph, prepare_inputs(graph, x)), {})
 
 
-def push_forward(graph: Graph, heads: Sequence[Head], x, tangents: Mapping[Tap, Any]):
-    """The forward-mode twin: all tangents pushed to the logits of all heads at once.
-
-    Returns:
-      The logits by head, and J times the sum of the tangents, shaped like them.
-    """
-    inputs = prepare_inputs(graph, x)
-    taps = list(tangents)
-    probes = [tf.zeros_like(tangents[tap]) for tap in taps]
-    pushed = [tf.stop_gradient(tangents[tap]) for tap in taps]
-    with tf.autodiff.ForwardAccumulator(probes, pushed) as accumulator:
-        at = dict(zip(taps, probes, strict=True))
-        values = execute(graph, inputs, lambda tap, value: value + at[tap] if tap in at else value)
-        logits = [values[head.tap] for head in heads]
-    jvp = accumulator.jvp(logits, unconnected_gradients=tf.UnconnectedGradients.ZERO)
-    return logits, jvp
-
-
 def producer_inputs(capture: Capture, site: Site) -> list:
     """What each of the site's producers reads."""
     return [capture.values[tensor_tap(node.inputs[0])] for node in site.producers]

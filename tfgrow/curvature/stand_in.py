@@ -52,6 +52,9 @@ NEGLIGIBLE = 1e-5
 ROUNDS = 8
 """Backward elimination takes so many rounds, whatever the number of units."""
 
+SAMPLES = 4
+"""Of each batch, that a factored Q_c takes its size from."""
+
 Sums = Mapping[str, tf.Tensor]
 
 
@@ -65,7 +68,9 @@ def zero_sums(studied: int, units: int) -> dict[str, tf.Tensor]:
         "rows": tf.zeros(()),
         "loss": tf.zeros(()),
     }
-    return {**sums, "q": tf.zeros((studied, size, size))} if _dense(studied, size) else sums
+    if _dense(studied, size):
+        return {**sums, "q": tf.zeros((studied, size, size))}
+    return {**sums, "trace": tf.zeros((studied,)), "energy": tf.zeros(())}
 
 
 def _dense(studied: int, size: int) -> bool:
@@ -79,7 +84,8 @@ def stand_in_sums(
 
     `{"g": [n, U + 1], "a": [U + 1, U + 1], "s": [n], "rows": []}`: the products of the values with
     the gradient and with each other, and the squares of the columns, over so many rows; and where
-    it is not too large the whole of `"q"` `[n, U + 1, U + 1]`, which else is `s_c * a / rows`.
+    it is not too large the whole of `"q"` `[n, U + 1, U + 1]`. Else it is taken for a multiple of
+    `a`: some of the samples say by its `"trace"` `[n]` and theirs, the `"energy"`, of which.
 
     Args:
       values: see the module.
@@ -104,23 +110,50 @@ def stand_in_sums(
         sums = {name: sums[name] + part[name] if sums else part[name] for name in part}
     slope = tf.reduce_sum(constant[0], axis=0)
     sums["g"] = tf.concat([sums["g"], slope[:, None]], axis=1)
+    parts = [_by_sample(v, c[1:]) for v, c in zip(values, covectors, strict=True)]
     if _dense(studied, size):
-        scalars = tf.add_n([_products(v, c[1:]) for v, c in zip(values, covectors, strict=True)])
+        scalars = tf.add_n([_products(part, studied) for part in parts])
         scalars = tf.concat([scalars, constant[1:, :, :, None]], axis=3)
         columns = tf.reshape(tf.transpose(scalars, (2, 0, 1, 3)), (studied, -1, size))
         sums["q"] = tf.matmul(columns, columns, transpose_a=True)
+    else:
+        sums |= _traces(parts, studied)
     return sums
 
 
-def _products(values, covectors):
-    """`[K, N, n, U]`: every sample's derivative with respect to v, by column."""
-    passes, size, studied = covectors.shape[0], values.shape[2], covectors.shape[3]
-    positions = tf.shape(values)[1] * values.shape[3]
+def _by_sample(values, columns):
+    """Values and columns with all positions in a row: `[N, P, U]` and `[N, K * n, P]`."""
+    passes, size, studied = columns.shape[0], values.shape[2], columns.shape[3]
+    along = tf.shape(values)[1] if values.shape[1] is None else values.shape[1]
+    positions = along * values.shape[3]
     rows = tf.reshape(tf.transpose(values, (0, 1, 3, 2)), (-1, positions, size))
-    slopes = tf.transpose(covectors, (1, 0, 3, 2, 4))  # [N, K, n, P, B]
-    slopes = tf.reshape(slopes, (-1, passes * studied, positions))
-    products = tf.reshape(tf.matmul(slopes, rows), (-1, passes, studied, size))
+    slopes = tf.transpose(columns, (1, 0, 3, 2, 4))  # [N, K, n, P, B]
+    return rows, tf.reshape(slopes, (-1, passes * studied, positions))
+
+
+def _products(part, studied: int):
+    """`[K, N, n, U]`: every sample's derivative with respect to v, by column."""
+    rows, slopes = part
+    products = tf.matmul(slopes, rows)
+    products = tf.reshape(products, (-1, slopes.shape[1] // studied, studied, rows.shape[2]))
     return tf.transpose(products, (1, 0, 2, 3))
+
+
+def _traces(parts: Sequence[tuple], studied: int) -> dict[str, tf.Tensor]:
+    """The traces of Q_c `[n]` and of A on some of the samples, both without the constant.
+
+    A share acts at all positions of a sample, and its derivative is a sum over them: many times as
+    large as if they had nothing to do with each other.
+    """
+    rows = tf.concat([part[0][:SAMPLES] for part in parts], axis=1)
+    slopes = tf.concat([part[1][:SAMPLES] for part in parts], axis=2)
+    if rows.shape[1] is not None and rows.shape[1] < rows.shape[2]:  # less to keep in mind
+        alike = tf.matmul(rows, rows, transpose_b=True)
+        squares = tf.reduce_sum(tf.matmul(slopes, alike) * slopes, axis=(0, 2))
+    else:
+        squares = tf.reduce_sum(tf.matmul(slopes, rows) ** 2, axis=(0, 2))
+    trace = tf.reduce_sum(tf.reshape(squares, (-1, studied)), axis=0)
+    return {"trace": trace, "energy": tf.reduce_sum(rows**2)}
 
 
 def solve(sums: Sums, free: np.ndarray, own: np.ndarray, damping) -> np.ndarray:
@@ -250,7 +283,9 @@ def _value(sums: Sums, v: np.ndarray) -> np.ndarray:
 
 
 def _sensitivity(sums: Sums) -> np.ndarray:
-    """What Q_c has on A, `[n]`."""
+    """What Q_c has on A, `[n]`: where it is factored, so that it is as large as it really is."""
+    if "trace" in sums:
+        return _ratio(_double(sums["trace"]), _double(sums["energy"]))
     return _ratio(_double(sums["s"]), _double(sums["rows"]))
 
 
