@@ -326,6 +326,34 @@ def test_losses_without_curvature_on_the_data(loss):
     assert min(tfgrow.measure_change(model, [c], data) for c in learned) < -0.05 * before
 
 
+@pytest.mark.parametrize("loss", ["mae", "mse", "huber_of_the_unit"])
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_estimates_do_not_depend_on_the_unit_of_the_targets(loss, outputs, rng):
+    """Prices in cents or in thousands: new units bring the same share of the loss."""
+    x = rng.normal(size=(256, 6)).astype("float32")
+    y = np.stack([np.sin(x[:, n] + x[:, n + 1]) for n in range(outputs)], 1).astype("float32")
+    shares, lengths = [], []
+    for unit in (0.01, 1.0, 100.0):
+        keras.utils.set_random_seed(0)
+        parts = [layers.Dense(4, "tanh", name="grows"), layers.Dense(outputs, name="last")]
+        model = tfgrow.convert(keras.Sequential([keras.Input((6,)), *parts]))
+        last = model.get_layer("last").kernel
+        last.assign(unit * last)
+        model.compile("sgd", keras.losses.Huber(0.1 * unit) if "huber" in loss else loss)
+        estimator = tfgrow.GaussNewtonEstimator(model)
+        learned = estimator.learn(tfgrow.candidates(model, "add", new_units=1), (x, unit * y), 4)
+        before = estimator.loss((x, unit * y))
+        scores = estimator.score(learned, (x, unit * y))
+        joint = estimator.joint_change(learned, (x, unit * y))
+        interaction = estimator.interaction(learned, (x, unit * y))
+        assert joint == pytest.approx(interaction.change(), rel=1e-3)
+        shares.append([*scores / before, joint / before])
+        lengths.append(np.abs(learned[0].theta["phi/0"]).max() / unit)
+    np.testing.assert_allclose(shares, shares[1:2] * 3, rtol=0.02)
+    np.testing.assert_allclose(lengths, lengths[1:2] * 3, rtol=0.02)
+    assert min(shares[0]) < -0.005
+
+
 def test_a_unit_that_hardly_fires_gets_no_wild_weights(rng):
     """It fires on one sample of 200, which its outgoing weights alone could fit perfectly."""
     model = classifier(features=2)

@@ -72,7 +72,8 @@ class GaussNewtonEstimator:
 
     Attributes:
       curvature: the one in use; a tuple where outputs differ (`"auto"` is empirical for those whose
-        loss is piecewise linear).
+        loss is piecewise linear, at the scale of reweighted least squares: the gradient's square
+        over the mean loss).
 
     Raises:
       ValueError: if there is no loss, losses and outputs don't match, or `curvature` is unknown.
@@ -366,7 +367,9 @@ class GaussNewtonEstimator:
     def joint_change(self, candidates: Sequence[Candidate], dataset) -> float:
         """Estimated change of the mean loss by all candidates at once, by forward accumulators.
 
-        With exact curvature it equals `interaction(...).change()` up to rounding.
+        With exact curvature it equals `interaction(...).change()` up to rounding; where TensorFlow
+        has no forward mode (behind recurrent loops, softsign, most ways to resize), and central
+        differences stand in for it, up to a few percent.
         """
         groups, _ = self._group(candidates)
         thetas = [tensors(group.theta) for group in groups]

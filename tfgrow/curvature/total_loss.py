@@ -73,6 +73,26 @@ class OutputLoss:
         shape = (-1, *[1] * (len(gradient.shape) - 1))
         return tf.math.divide_no_nan(gradient, tf.reshape(tf.sqrt(weight), shape))
 
+    def empirical_column(self, y: tf.Tensor, z: tf.Tensor, weight: tf.Tensor) -> tf.Tensor:
+        """The only column of the empirical curvature, at the logits.
+
+        Where the Hessian is zero the square of the gradient has not its scale: it would depend on
+        the unit that targets are measured in. What is right at the size r of the errors is the
+        curvature 1/r of reweighted least squares (|z| = z^2/|z|), r being the batch's mean loss.
+        """
+        gradient = _weighted_gradient(self, y, z, weight)
+        column = self.column_of(gradient, weight)
+        if not self.at_logits.row_loss.piecewise_linear:
+            return column
+        axes = list(range(1, len(gradient.shape)))
+        # of one number 1; of a mean over n numbers, whose squares are too small for it, root of n
+        numbers = tf.math.divide_no_nan(
+            tf.reduce_sum(tf.abs(gradient), axes, keepdims=True),
+            tf.sqrt(tf.reduce_sum(gradient**2, axes, keepdims=True)),
+        )
+        errors = tf.sqrt(tf.reduce_mean(self.at_logits.per_sample(y, z)))
+        return tf.math.divide_no_nan(column * numbers, errors)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TotalLoss:
@@ -116,7 +136,8 @@ class TotalLoss:
     def column_of_gradient(self) -> Callable | None:
         """How gradient and weights make the only column, where it needs no pass of its own."""
         first, *others = self.parts
-        return first.column_of if first.curvature == "empirical" and not others else None
+        alone = first.curvature == "empirical" and not others
+        return first.column_of if alone and not first.at_logits.row_loss.piecewise_linear else None
 
     def arranged(self, batch: Batch) -> Batch:
         """A batch as `fit` takes it, with targets and weights by part.
@@ -186,7 +207,7 @@ class TotalLoss:
 
         def of_part(part, target, z, weight, own_seed):
             if part.curvature == "empirical":
-                return [part.column_of(_weighted_gradient(part, target, z, weight), weight)]
+                return [part.empirical_column(target, z, weight)]
             factors = part.at_logits.factors(target, z, part.curvature, draws, own_seed)
             return weigh_columns(factors, weight)
 
@@ -232,10 +253,13 @@ class TotalLoss:
     ) -> tf.Tensor:
         """Sum over a batch of v' H v for a direction v of the logits of each part."""
 
-        def of_part(part, *args):
+        def of_part(part, y, z, v, weight):
             if part.curvature == "none":
                 return tf.zeros(())
-            return tf.reduce_sum(part.at_logits.quadratic(*args))
+            if part.curvature == "empirical" and part.at_logits.row_loss.piecewise_linear:
+                along = part.empirical_column(y, z, weight) * tf.cast(v, tf.float32)
+                return tf.reduce_sum(tf.reduce_sum(along, axis=range(1, len(v.shape))) ** 2)
+            return tf.reduce_sum(part.at_logits.quadratic(y, z, v, weight))
 
         return _sum(self._by_part(of_part, y, logits, directions, weights))
 
