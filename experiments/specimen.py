@@ -356,24 +356,24 @@ class Specimen:
         with self._phase("truth"):
             loss = real_loss(self.model, self.data)
         for name, found in self.result["morphisms"].items():
-            mine = [row for row, c in enumerate(self.learned) if c.morphism == name]
-            # What can't be made small is judged where it changes least of the network.
-            mine = [row for row in mine if self._can_be_scaled(row)] or mine[-1:]
-            if mine:
+            if rows := rows_to_judge(self.learned, name):
+                estimated = self._estimated(estimator, rows)
                 with self._phase("truth"):
-                    chosen = [self.learned[row] for row in mine]
                     # In place, on one batch: to copy or trace a large network takes much longer.
+                    chosen = [self.learned[row] for row in rows]
                     true = tfgrow.measure_change(
                         self.model, chosen, self.data, in_place=True, loss_before=loss
                     )
-                    estimated = self.interaction.change(mine)
                     found |= against(estimated, true, self.result["loss"])
         with self._phase("truth"):
             self.result["taken back"] = difference(outputs_of(self.model, self.few), before)
 
-    def _can_be_scaled(self, row: int) -> bool:
-        candidate = self.learned[row]
-        return get(candidate.morphism).scaled(candidate, 1.0) is not None
+    def _estimated(self, estimator: tfgrow.GaussNewtonEstimator, rows: Sequence[int]) -> float:
+        """Of small steps all together, to second order; of a whole one as far as logits tell it."""
+        first = self.learned[rows[0]]
+        if _scalable(first):
+            return self.interaction.change(rows)
+        return float(estimator.score([first], self.batches)[0])
 
     def _apply(self) -> None:
         """Small steps of as many kinds as go together, in place; then the others, each by itself.
@@ -430,6 +430,12 @@ class Specimen:
                     self.result["in double"] = {"exported": apart}
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def rows_to_judge(candidates: Sequence[tfgrow.Candidate], kind: str) -> list[int]:
+    """All of a kind; of what can't be made small one, where it changes least of the network."""
+    mine = [row for row, candidate in enumerate(candidates) if candidate.morphism == kind]
+    return mine if all(_scalable(candidates[row]) for row in mine) else mine[-1:]
 
 
 def _scalable(candidate: tfgrow.Candidate) -> bool:

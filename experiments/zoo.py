@@ -281,7 +281,8 @@ def page(results: Sequence[Mapping[str, Any]]) -> str:
         "on the samples they were learned on; the true change of the mean loss is in brackets. "
         "Ratios far from 1 are of random networks that even such steps change beyond all "
         "quadratics. "
-        "What can only be done as a whole (a removal) is judged at the last of the sites: an "
+        "What can only be done as a whole (a removal) is judged at the last of the sites, and "
+        "estimated by `score`, which goes by the loss itself at the linearised logits: an "
         "untrained deep network turns a change as large as that, further ahead, into anything. It "
         "is not among `all`, which are those of as many kinds as can be applied at once.",
         tables.markdown(*table(results)),

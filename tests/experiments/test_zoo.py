@@ -156,6 +156,15 @@ def test_one_network_passes_every_check(examined):
     assert {"build", "convert", "theta 0", "learn", "apply", "export"} <= set(examined["seconds"])
 
 
+def test_removals_are_judged_one_at_a_time():
+    model = tfgrow.convert(tiny(weights=None, classes=3, input_shape=(40, 40, 3)))
+    both = [*tfgrow.candidates(model, "add"), *tfgrow.candidates(model, "prune")]
+    adds = [row for row, one in enumerate(both) if one.morphism == "add"]
+    assert specimen.rows_to_judge(both, "add") == adds
+    assert specimen.rows_to_judge(both, "prune") == [len(both) - 1]
+    assert specimen.rows_to_judge(both, "skip") == []
+
+
 def test_a_wrong_edit_is_seen(monkeypatch):
     """Were theta = 0 to change the function, or a phase to fail, the result would say so."""
     monkeypatch.setattr(type(MORPHISMS["add"]), "scaled", lambda self, c, alpha: c.replace(
