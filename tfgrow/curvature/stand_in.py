@@ -110,14 +110,14 @@ def stand_in_sums(
         sums = {name: sums[name] + part[name] if sums else part[name] for name in part}
     slope = tf.reduce_sum(constant[0], axis=0)
     sums["g"] = tf.concat([sums["g"], slope[:, None]], axis=1)
-    parts = [_by_sample(v, c[1:]) for v, c in zip(values, covectors, strict=True)]
+    pairs = [(v, c[1:]) for v, c in zip(values, covectors, strict=True)]
     if _dense(studied, size):
-        scalars = tf.add_n([_products(part, studied) for part in parts])
+        scalars = tf.add_n([_products(*pair) for pair in pairs])
         scalars = tf.concat([scalars, constant[1:, :, :, None]], axis=3)
         columns = tf.reshape(tf.transpose(scalars, (2, 0, 1, 3)), (studied, -1, size))
         sums["q"] = tf.matmul(columns, columns, transpose_a=True)
     else:
-        sums |= _traces(parts, studied)
+        sums |= _traces([(v[:SAMPLES], c[:, :SAMPLES]) for v, c in pairs])
     return sums
 
 
@@ -131,29 +131,29 @@ def _by_sample(values, columns):
     return rows, tf.reshape(slopes, (-1, passes * studied, positions))
 
 
-def _products(part, studied: int):
+def _products(values, columns):
     """`[K, N, n, U]`: every sample's derivative with respect to v, by column."""
-    rows, slopes = part
-    products = tf.matmul(slopes, rows)
-    products = tf.reshape(products, (-1, slopes.shape[1] // studied, studied, rows.shape[2]))
-    return tf.transpose(products, (1, 0, 2, 3))
+    rows, slopes = _by_sample(values, columns)
+    shape = (-1, columns.shape[0], columns.shape[3], values.shape[2])
+    return tf.transpose(tf.reshape(tf.matmul(slopes, rows), shape), (1, 0, 2, 3))
 
 
-def _traces(parts: Sequence[tuple], studied: int) -> dict[str, tf.Tensor]:
-    """The traces of Q_c `[n]` and of A on some of the samples, both without the constant.
+def _traces(pairs: Sequence[tuple]) -> dict[str, tf.Tensor]:
+    """The traces of Q_c `[n]` and of A on some samples, both without the constant.
 
     A share acts at all positions of a sample, and its derivative is a sum over them: many times as
     large as if they had nothing to do with each other.
     """
-    rows = tf.concat([part[0][:SAMPLES] for part in parts], axis=1)
-    slopes = tf.concat([part[1][:SAMPLES] for part in parts], axis=2)
+    parts = [_by_sample(*pair) for pair in pairs]
+    rows = tf.concat([part[0] for part in parts], axis=1)
+    slopes = tf.concat([part[1] for part in parts], axis=2)
     if rows.shape[1] is not None and rows.shape[1] < rows.shape[2]:  # less to keep in mind
         alike = tf.matmul(rows, rows, transpose_b=True)
         squares = tf.reduce_sum(tf.matmul(slopes, alike) * slopes, axis=(0, 2))
     else:
         squares = tf.reduce_sum(tf.matmul(slopes, rows) ** 2, axis=(0, 2))
-    trace = tf.reduce_sum(tf.reshape(squares, (-1, studied)), axis=0)
-    return {"trace": trace, "energy": tf.reduce_sum(rows**2)}
+    by_unit = tf.reshape(squares, (-1, pairs[0][1].shape[3]))
+    return {"trace": tf.reduce_sum(by_unit, axis=0), "energy": tf.reduce_sum(rows**2)}
 
 
 def solve(sums: Sums, free: np.ndarray, own: np.ndarray, damping) -> np.ndarray:
