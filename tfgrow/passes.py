@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tfgrow.capture.capture import Capture, capture, moved, observe, prepare_inputs
-from tfgrow.capture.execute import execute
+from tfgrow.capture.capture import Capture, capture, moved, observe
 from tfgrow.capture.forward import push_forward
 from tfgrow.curvature.normal import LEARNING_DAMPING, add_sums, is_factored, scale_sums
 from tfgrow.curvature.total_loss import TotalLoss
@@ -184,12 +183,8 @@ class Passes:
             values = {place: value[None] for place, value in effect.values.items()}
             mine = Perturbed(group.morphism.slopes(group, mask[None], values), effect.moments)
             _add_tangents(changed, [group], [theta], [mine])
-        values = execute(
-            self._graph,
-            prepare_inputs(self._graph, x),
-            lambda tap, value: value + changed[tap] if tap in changed else value,
-        )
-        return self._loss.per_sample(y, self._logits(x, values), weights)
+        logits = self._logits(x, observe(self._graph, x, changed).values)
+        return self._loss.per_sample(y, logits, weights)
 
     def _together(self, batch, seed, groups, thetas) -> tuple[Capture, list[Perturbed], Any]:
         """The batch, what candidates do, and that against gradient and columns, `[1 + K, N, C]`."""

@@ -295,7 +295,7 @@ def test_factored_curvature_is_as_large_as_the_whole(monkeypatch, positions):
     trace = np.einsum("nii->n", whole["q"][:, :-1, :-1])
     multiple = stand_in._sensitivity(factored) * np.trace(factored["a"][:-1, :-1])
     np.testing.assert_allclose(multiple, trace, rtol=1e-4)
-    one_by_one = factored["s"] / factored["rows"] * np.trace(factored["a"][:-1, :-1])
+    one_by_one = whole["s"] / whole["rows"] * np.trace(factored["a"][:-1, :-1])
     assert np.all(multiple > 1.5 * one_by_one)
 
 

@@ -221,9 +221,20 @@ def _stacked(each: Sequence[Cotangents]) -> list[Cotangents]:
     return found
 
 
-def observe(graph: Graph, x) -> Capture:
-    """One forward pass: the values of all taps, without gradient and columns."""
-    return Capture(execute(graph, prepare_inputs(graph, x)), {})
+def observe(graph: Graph, x, added: Mapping[Tap, Any] | None = None) -> Capture:
+    """One forward pass: the values of all taps, without gradient and columns.
+
+    Args:
+      graph: the traced model.
+      x: the batch's inputs.
+      added: by tap, what is added to its value before others read it.
+    """
+    more = added or {}
+
+    def add(tap, value):
+        return value + more[tap] if tap in more else value
+
+    return Capture(execute(graph, prepare_inputs(graph, x), add), {})
 
 
 def producer_inputs(capture: Capture, site: Site) -> list:

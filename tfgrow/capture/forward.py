@@ -7,8 +7,8 @@ from typing import Any
 
 import tensorflow as tf
 
-from tfgrow.capture.capture import Head, prepare_inputs
-from tfgrow.capture.execute import Tap, execute
+from tfgrow.capture.capture import Capture, Head, observe
+from tfgrow.capture.execute import Tap
 from tfgrow.graph.nodes import Graph
 
 STEP = 0.01
@@ -46,36 +46,35 @@ def push_forward(
     """
     if tf.executing_eagerly():  # which operations there are only a trace says
         return tf.function(lambda: push_forward(graph, heads, x, tangents), autograph=False)()
-    inputs = prepare_inputs(graph, x)
     pushed = {tap: tf.stop_gradient(tangent) for tap, tangent in tangents.items()}
-    try:
-        logits, jvp = _accumulated(graph, heads, inputs, pushed)
-    except REFUSALS:  # of the network itself, if it is at fault: it will be raised again
-        return _differences(graph, heads, inputs, pushed)
-    if SILENT & _operations():
-        return _differences(graph, heads, inputs, pushed)
-    return logits, jvp
+    found = _accumulated(graph, heads, x, pushed)
+    return _differences(graph, heads, x, pushed) if found is None else found
 
 
-def _accumulated(graph, heads, inputs, tangents) -> tuple[list, list]:
+def _accumulated(graph, heads, x, tangents) -> tuple[list, list] | None:
+    """None where TensorFlow has no forward mode for what is in the network."""
     probes = {tap: tf.zeros_like(tangent) for tap, tangent in tangents.items()}
-    with tf.autodiff.ForwardAccumulator(
-        list(probes.values()), list(tangents.values())
-    ) as accumulator:
-        logits = _logits(graph, heads, inputs, probes)
-    jvp = accumulator.jvp(logits, unconnected_gradients=tf.UnconnectedGradients.ZERO)
-    return logits, jvp
+    try:
+        with tf.autodiff.ForwardAccumulator(
+            list(probes.values()), list(tangents.values())
+        ) as accumulator:
+            logits = _logits(observe(graph, x, probes), heads)
+    except REFUSALS:  # of the network itself, if it is at fault: it will be raised again
+        return None
+    if SILENT & _operations():
+        return None
+    return logits, accumulator.jvp(logits, unconnected_gradients=tf.UnconnectedGradients.ZERO)
 
 
-def _differences(graph, heads, inputs, tangents) -> tuple[list, list]:
-    values = execute(graph, inputs)
-    step = _step(values, tangents)
+def _differences(graph, heads, x, tangents) -> tuple[list, list]:
+    here = observe(graph, x)
+    step = _step(here.values, tangents)
     ahead, behind = (
-        _logits(graph, heads, inputs, {tap: way * step * t for tap, t in tangents.items()})
+        _logits(observe(graph, x, {tap: way * step * t for tap, t in tangents.items()}), heads)
         for way in (1.0, -1.0)
     )
     slopes = [(a - b) / (2.0 * step) for a, b in zip(ahead, behind, strict=True)]
-    return [values[head.tap] for head in heads], slopes
+    return _logits(here, heads), slopes
 
 
 def _step(values: Mapping[Tap, Any], tangents: Mapping[Tap, Any]):
@@ -94,11 +93,8 @@ def _size(tensor):
     return tf.sqrt(tf.reduce_mean(tf.cast(tensor, tf.float32) ** 2))
 
 
-def _logits(graph, heads, inputs, added: Mapping[Tap, Any]) -> list:
-    values = execute(
-        graph, inputs, lambda tap, value: value + added[tap] if tap in added else value
-    )
-    return [values[head.tap] for head in heads]
+def _logits(captured: Capture, heads: Sequence[Head]) -> list:
+    return [captured.values[head.tap] for head in heads]
 
 
 def _operations() -> set[str]:

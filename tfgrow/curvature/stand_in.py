@@ -64,12 +64,11 @@ def zero_sums(studied: int, units: int) -> dict[str, tf.Tensor]:
     sums = {
         "g": tf.zeros((studied, size)),
         "a": tf.zeros((size, size)),
-        "s": tf.zeros((studied,)),
         "rows": tf.zeros(()),
         "loss": tf.zeros(()),
     }
     if _dense(studied, size):
-        return {**sums, "q": tf.zeros((studied, size, size))}
+        return {**sums, "s": tf.zeros((studied,)), "q": tf.zeros((studied, size, size))}
     return {**sums, "trace": tf.zeros((studied,)), "energy": tf.zeros(())}
 
 
@@ -82,10 +81,11 @@ def stand_in_sums(
 ) -> dict[str, tf.Tensor]:
     """Sums of one batch, over the leaves of a site.
 
-    `{"g": [n, U + 1], "a": [U + 1, U + 1], "s": [n], "rows": []}`: the products of the values with
-    the gradient and with each other, and the squares of the columns, over so many rows; and where
-    it is not too large the whole of `"q"` `[n, U + 1, U + 1]`. Else it is taken for a multiple of
-    `a`: some of the samples say by its `"trace"` `[n]` and theirs, the `"energy"`, of which.
+    `{"g": [n, U + 1], "a": [U + 1, U + 1], "rows": []}`: the products of the values with the
+    gradient and with each other, over so many rows; and where it is not too large the whole of
+    `"q"` `[n, U + 1, U + 1]` beside the squares of the columns, `"s"` `[n]`. Else it is taken for a
+    multiple of `a`: some of the samples say by its `"trace"` `[n]` and theirs, the `"energy"`, of
+    which.
 
     Args:
       values: see the module.
@@ -104,7 +104,6 @@ def stand_in_sums(
         part = {
             "g": tf.matmul(slope, rows),
             "a": tf.matmul(ones, ones, transpose_a=True),
-            "s": tf.reduce_sum(c[1:] ** 2, axis=[0, 1, 2, 4]),
             "rows": tf.cast(tf.shape(rows)[0], tf.float32),
         }
         sums = {name: sums[name] + part[name] if sums else part[name] for name in part}
@@ -116,6 +115,7 @@ def stand_in_sums(
         scalars = tf.concat([scalars, constant[1:, :, :, None]], axis=3)
         columns = tf.reshape(tf.transpose(scalars, (2, 0, 1, 3)), (studied, -1, size))
         sums["q"] = tf.matmul(columns, columns, transpose_a=True)
+        sums["s"] = tf.add_n([tf.reduce_sum(c**2, axis=[0, 1, 2, 4]) for _, c in pairs])
     else:
         sums |= _traces([(v[:SAMPLES], c[:, :SAMPLES]) for v, c in pairs])
     return sums

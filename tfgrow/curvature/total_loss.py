@@ -56,6 +56,11 @@ class OutputLoss:
     curvature: Curvature
     labels: range | None
 
+    @property
+    def reweighted(self) -> bool:
+        """Whether the empirical curvature stands for a Hessian that is zero almost everywhere."""
+        return self.curvature == "empirical" and self.at_logits.row_loss.piecewise_linear
+
     def of_output(self, output: tf.Tensor) -> tuple[LossHead, tf.Tensor]:
         """The loss and what it reads, given a tensor that the model gave.
 
@@ -82,7 +87,7 @@ class OutputLoss:
         """
         gradient = _weighted_gradient(self, y, z, weight)
         column = self.column_of(gradient, weight)
-        if not self.at_logits.row_loss.piecewise_linear:
+        if not self.reweighted:
             return column
         axes = list(range(1, len(gradient.shape)))
         # of one number 1; of a mean over n numbers, whose squares are too small for it, root of n
@@ -136,8 +141,8 @@ class TotalLoss:
     def column_of_gradient(self) -> Callable | None:
         """How gradient and weights make the only column, where it needs no pass of its own."""
         first, *others = self.parts
-        alone = first.curvature == "empirical" and not others
-        return first.column_of if alone and not first.at_logits.row_loss.piecewise_linear else None
+        plain = first.curvature == "empirical" and not first.reweighted
+        return first.column_of if plain and not others else None
 
     def arranged(self, batch: Batch) -> Batch:
         """A batch as `fit` takes it, with targets and weights by part.
@@ -256,7 +261,7 @@ class TotalLoss:
         def of_part(part, y, z, v, weight):
             if part.curvature == "none":
                 return tf.zeros(())
-            if part.curvature == "empirical" and part.at_logits.row_loss.piecewise_linear:
+            if part.reweighted:
                 along = part.empirical_column(y, z, weight) * tf.cast(v, tf.float32)
                 return tf.reduce_sum(tf.reduce_sum(along, axis=range(1, len(v.shape))) ** 2)
             return tf.reduce_sum(part.at_logits.quadratic(y, z, v, weight))
