@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import tfgrow
 from tfgrow.measure import real_loss
@@ -30,6 +31,20 @@ def test_one_batch_is_not_traced_and_many_give_the_same(monkeypatch):
     assert set(eager[1:]) == {False}, "only traced"
     expected = np.mean((model(x) - y) ** 2)
     assert at_once == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_measuring_often_on_few_batches_is_no_news(caplog, rng):
+    """TensorFlow warns of functions that are traced again and again; what could a user do?"""
+    model = tfgrow.convert(keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)]))
+    x, y = rng.normal(size=(2, 12, 4)).astype("float32"), rng.normal(size=(2, 12, 2))
+    logger = tf.get_logger()
+    logger.addHandler(caplog.handler)
+    try:
+        for _ in range(8):
+            real_loss(model, list(zip(x, y, strict=True)), "mse")
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("kind", ["split", "add", "prune", "deepen", "skip"])

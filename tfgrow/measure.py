@@ -12,6 +12,7 @@ import tensorflow as tf
 from tfgrow.capture.batches import batches_of, check_finite, size_of_batch
 from tfgrow.capture.checks import check_loss
 from tfgrow.capture.execute import float32_compute
+from tfgrow.capture.tracing import traced_anew
 from tfgrow.curvature.arranging import Arranging
 from tfgrow.estimator import compiled_loss, total_loss
 from tfgrow.graph.convert import copy_model
@@ -48,7 +49,7 @@ def real_loss(model: keras.Model, dataset, loss=None, loss_weights=None) -> floa
         return tf.where(tf.reduce_all(finite), loss, math.nan)
 
     total = count = 0.0
-    traced = tf.function(batch_loss, reduce_retracing=True, autograph=False)
+    traced = traced_anew(batch_loss)
     with float32_compute(model):  # rounding to half precision would drown what is measured
         batches = batches_of(dataset)
         first = list(itertools.islice(batches, 2))

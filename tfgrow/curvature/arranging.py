@@ -13,6 +13,7 @@ from tfgrow.capture.batches import Batch
 from tfgrow.capture.capture import prepare_inputs
 from tfgrow.capture.checks import check_batch
 from tfgrow.capture.execute import execute, float32_compute, tensor_tap
+from tfgrow.capture.tracing import traced_anew
 from tfgrow.curvature.total_loss import TotalLoss
 from tfgrow.graph.nodes import Graph
 
@@ -69,7 +70,7 @@ class Arranging:
             values = execute(self._graph, prepare_inputs(self._graph, x))
             return [mask_of(values[tensor_tap(self._output(number))]) for number in self._with_mask]
 
-        return tf.function(masks, reduce_retracing=True, autograph=False)
+        return traced_anew(masks)
 
 
 def _masked(weights: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
