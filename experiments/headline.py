@@ -292,7 +292,7 @@ def main(arguments: list[str]) -> None:
             from experiments import headline_page
 
             kept = Path(flags.FLAGS.results_dir) / f"{flags.FLAGS.run}.json"
-            headline_page.write(run.state, result, kept, flags.FLAGS.docs)
+            headline_page.write(run.state, result, kept, flags.FLAGS.docs, EARLIER)
     if result is None:
         print(f"stopped after epoch {run.done} of {run.settings['epochs']}; run it again to go on")
         return

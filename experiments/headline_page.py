@@ -46,7 +46,11 @@ Settings: `{settings}`.
 
 
 def write(
-    state: Mapping[str, Any], result: Mapping[str, Any] | None, kept: str | Path, docs: str
+    state: Mapping[str, Any],
+    result: Mapping[str, Any] | None,
+    kept: str | Path,
+    docs: str,
+    earlier: Mapping[str, Any],
 ) -> list[Path]:
     """Keeps the figures of a run, and writes its page and pictures.
 
@@ -55,6 +59,7 @@ def write(
       result: what it came to, or None as long as it is not finished.
       kept: the JSON file to keep the figures in.
       docs: the page to write.
+      earlier: settings of runs that are older than the flags for these.
     """
     found = {"settings": state["settings"], "epochs": state["epochs"], "result": result}
     reports.write_json(Path(kept), found)
@@ -70,7 +75,7 @@ def write(
         outcome=_outcome(epochs, result, settings, hours[-1]),
         table=tables.markdown(COLUMNS, _rows(epochs, hours)),
         settings=as_text(settings),
-        runs=tables.markdown(RUN_COLUMNS, list(_runs(Path(kept).parent, settings))),
+        runs=tables.markdown(RUN_COLUMNS, list(_runs(Path(kept).parent, settings, earlier))),
     )
     return [
         figures.plot_accuracy(hours, accuracy, images / "headline-accuracy.png"),
@@ -79,14 +84,17 @@ def write(
     ]
 
 
-def _runs(folder: Path, settings: Mapping[str, Any]) -> Iterable[list[Any]]:
+def _runs(
+    folder: Path, settings: Mapping[str, Any], earlier: Mapping[str, Any]
+) -> Iterable[list[Any]]:
     """A line per finished run of a folder: what it came to, and where its settings are others."""
     ours = set(as_text(settings).split())
     for path in sorted(folder.glob("*.json")):
         result = json.loads(path.read_text()).get("result")
         if result is None:
             continue
-        other = [flag for flag in as_text(result["settings"]).split() if flag not in ours]
+        flags = as_text({**earlier, **result["settings"]}).split()
+        other = [flag for flag in flags if flag not in ours]
         yield [
             path.stem,
             f"{100 * result['test_accuracy']:.2f} %",

@@ -62,14 +62,15 @@ def test_sgd_decays_weights_before_and_after_a_stop(tmp_path):
 
 
 def test_the_page_of_a_run_that_has_ended_and_of_one_that_has_not(tmp_path):
-    run = headline.Run(settings(tmp_path, "--hours=0"))
+    sgd = "--optimizer=sgd"
+    run = headline.Run(settings(tmp_path, "--hours=0", sgd))
     assert run.go_on() is None
     kept, docs = tmp_path / "kept.json", tmp_path / "docs" / "headline.md"
-    headline_page.write(run.state, None, kept, str(docs))
+    headline_page.write(run.state, None, kept, str(docs), headline.EARLIER)
     assert "The run is not finished: 1 of 5 epochs" in docs.read_text()
-    result = headline.Run(settings(tmp_path)).go_on()
-    run = headline.Run(settings(tmp_path))
-    written = headline_page.write(run.state, result, kept, str(docs))
+    result = headline.Run(settings(tmp_path, sgd)).go_on()
+    run = headline.Run(settings(tmp_path, sgd))
+    written = headline_page.write(run.state, result, kept, str(docs), headline.EARLIER)
     assert all(path.stat().st_size > 500 for path in written)
     page = docs.read_text()
     assert f"**{100 * result['test_accuracy']:.2f} %** of the test images of digits" in page
@@ -77,15 +78,16 @@ def test_the_page_of_a_run_that_has_ended_and_of_one_that_has_not(tmp_path):
     assert "--max_params=400" in page
     assert json.loads(kept.read_text())["result"] == result
     other = {**result, "test_accuracy": 0.125, "settings": {**result["settings"], "epochs": 9}}
+    del other["settings"]["optimizer"]  # as of a run that is older than the flag
     (tmp_path / "other.json").write_text(json.dumps({"result": other}))
     (tmp_path / "unfinished.json").write_text(json.dumps({"result": None}))
-    headline_page.write(run.state, result, kept, str(docs))
+    headline_page.write(run.state, result, kept, str(docs), headline.EARLIER)
     lines = docs.read_text().split("All runs that have ended")[1].splitlines()
     (mine,) = (line for line in lines if line.startswith("| kept |"))
     (others,) = (line for line in lines if line.startswith("| other |"))
     assert mine.endswith("|  |"), "nothing differs"
     assert "12.50 %" in others
-    assert others.endswith("| `--epochs=9` |")
+    assert others.endswith("| `--epochs=9 --optimizer=adamw` |")
     assert "unfinished" not in "".join(lines)
 
 
