@@ -191,7 +191,7 @@ def make_strategy(name: str, growing: Growing, seed: int) -> Any:
 
 def sizes_in_logs(data: Dataset, batch_size: int) -> tfgrow.callbacks.Growth:
     """A callback that logs parameters and FLOPs, as growth does, and never grows."""
-    never = tfgrow.schedules.EveryNEpochs(ENDLESS)
+    never = Until(tfgrow.schedules.EveryNEpochs(1), last=0)
     few = data.x_train[:batch_size], data.y_train[:batch_size]
     return tfgrow.callbacks.Growth("uniform", data=few, when=never, verbose=0)
 

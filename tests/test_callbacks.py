@@ -166,6 +166,17 @@ def test_what_is_due_at_the_end_of_a_fit_happens_in_the_next():
     assert other.count_params() == 27
 
 
+def test_fits_too_short_to_grow_in_are_told():
+    model, growth = compiled(mlp()), blind_growth(every=3)
+    with pytest.warns(UserWarning, match="ends after epoch 2, before the first growth.* epoch 3"):
+        fit(model, [growth], epochs=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        fit(model, [growth], epochs=3, initial_epoch=2)
+        fit(model, [growth], epochs=1)  # in which it does grow
+    assert [event.epoch for event in growth.events] == [3]
+
+
 def test_it_keeps_no_model_alive():
     model, growth = compiled(mlp()), blind_growth()
     fit(model, [growth], epochs=2)

@@ -57,6 +57,12 @@ _NO_BACKUP = (
     "keras.models.load_model('model.keras')."
 )
 
+_TOO_SHORT = (
+    "Growth: this fit ends after epoch {epochs}, before the first growth, which is due after epoch "
+    "{earliest}. Where fit is called again and again, tell it the epochs that are done "
+    "(initial_epoch=2, epochs=3), or grow after every one (every=1)."
+)
+
 
 class Growth(keras.callbacks.Callback):
     """Grows the model while it trains.
@@ -76,17 +82,18 @@ class Growth(keras.callbacks.Callback):
     now.
 
     An event that is cut off by an error or an interrupt leaves model, optimizer, journal and the
-    oracle's files as they were before it. Growth that falls due at the end of `fit` happens when
-    the next `fit` of the same model begins. A deep copy has the settings and events of the
+    oracle's files as they were before it. It stays due: like growth that falls due at the end of
+    `fit`, it happens when the next `fit` of the same model begins. A deep copy has the settings and events of the
     original and shares its data, but belongs to no model; the n-th one keeps its project and its
     journal in places of its own, named like the original's with `-n` at the end.
 
     Args:
       oracle: what proposes the edits, usually a `tfgrow.GaussNewtonOracle`; or the name of one,
         see `tfgrow.strategies.get`.
-      data: what edits are learned, scored and judged on: anything `model.fit` takes, with targets,
-        usually the training data.
-      every: grow every so many epochs. Give this or `when`; 2 by default.
+      data: what edits are learned, scored and judged on, usually the training data: anything
+        `model.fit` takes, with targets, but a generator, which can be read only once.
+      every: grow every so many epochs, by the numbers that `fit` gives them, which start anew at
+        `initial_epoch`. Give this or `when`; 2 by default.
       when: a `tfgrow.schedules.Schedule`, or its short form such as `"on_plateau"`.
       guard: whether to judge a set on held-out batches before it is committed; strategies that
         promise nothing of the loss are never judged.
@@ -212,6 +219,9 @@ class Growth(keras.callbacks.Callback):
         self._step_forward()
         if any(isinstance(peer, keras.callbacks.BackupAndRestore) for peer in self._peers):
             warnings.warn(_NO_BACKUP, stacklevel=2)
+        epochs, earliest = (self.params or {}).get("epochs"), self.schedule.earliest
+        if epochs and epochs < earliest and not self._due:
+            warnings.warn(_TOO_SHORT.format(epochs=epochs, earliest=earliest), stacklevel=2)
 
     def on_epoch_end(self, epoch, logs=None):
         logs = {} if logs is None else logs
@@ -226,11 +236,11 @@ class Growth(keras.callbacks.Callback):
         # SwapEMAWeights put the weights back, and nothing is grown that won't be trained.
         self._take_average()
         if self._due:
-            self._due = False
             for _ in range(self.rounds):
                 self._grow()
                 if self._finished or self.events[-1].status != "applied":
                     break
+            self._due = False  # only now: one that is cut off stays due
 
     def on_train_end(self, logs=None):
         del logs

@@ -290,7 +290,7 @@ def tied_inputs(flow: Flow, node: Node) -> list[int]:
 def _why_no_consumer(graph: Graph, node: Node) -> str | None:
     """Why a mixing layer can't read more channels; `{}` stands for the producer's name."""
     consumer = node.operation
-    reason = called_too_often(graph, consumer) or registry.consumer_blocked(consumer)
+    reason = why_shared(graph, consumer) or registry.consumer_blocked(consumer)
     if reason:
         return f"the channels of {{}} reach a blocked consumer: {reason}"
     if not consumer.trainable:
@@ -315,7 +315,7 @@ def _why_no_step(graph: Graph, node: Node, view: Channelwise | None) -> str | No
     reason = registry.blocked_reason(layer)
     # What has neither weights nor a shape to adapt may be called as often as one likes.
     if reason is None and (getattr(layer, "weights", None) or _adapts(graph, node, view)):
-        reason = called_too_often(graph, layer)
+        reason = why_shared(graph, layer)
     return f"on the path of {{}}: {reason}" if reason else None
 
 
@@ -324,10 +324,13 @@ def _adapts(graph: Graph, node: Node, view: Channelwise) -> bool:
     return size is not None and bool(view.resized_attributes(size))
 
 
-def called_too_often(graph: Graph, layer) -> str | None:
-    """Why a layer that is called several times can't change; None of one that is called once."""
+def why_shared(graph: Graph, layer) -> str | None:
+    """Why a layer that is used in several places can't change; None of one that isn't."""
     calls = len(graph.calls(layer))
-    return f"layer '{layer.name}' is shared: it is called {calls} times" if calls > 1 else None
+    if calls > 1:
+        return f"layer '{layer.name}' is shared: it is called {calls} times"
+    tie = graph.ties.get(id(layer))
+    return str(tie) if tie else None
 
 
 def _flattens_unknown(graph: Graph, node: Node, view: Channelwise) -> bool:

@@ -21,6 +21,7 @@ from tfgrow._keras import (
     trusting_configs,
 )
 from tfgrow.graph.nodes import functional_of, trace
+from tfgrow.graph.ties import ties_within
 from tfgrow.layers import registry
 from tfgrow.layers.expansions import expansion
 from tfgrow.layers.growable import from_stock, live_config, to_stock
@@ -42,7 +43,7 @@ def convert(model: keras.Model) -> keras.Model:
       A new model.
 
     Raises:
-      ValueError: if a Sequential model isn't built.
+      ValueError: if a Sequential model isn't built, or layers have weights in common.
       TypeError: if the model, or one nested in it, is subclassed.
 
     Example:
@@ -105,6 +106,7 @@ def rebuild_with(model: keras.Model, replace: Callable, compiled: bool = True) -
     Where `replace` gives a list, its layers are called one after the other.
     """
     functional = functional_of(model)  # raises for what has no graph
+    _check_ties(model)
     twins = _Twins(model, replace)
     if isinstance(model, keras.Sequential) and not _nested(model):
         first = twins.input(functional, model.inputs[0])
@@ -347,6 +349,17 @@ def _call(model, twins: _Twins, inputs, prefix: str = ""):
         values.update(zip(node.outputs, keras.tree.flatten(result), strict=True))
     outputs = [values[tensor] for tensor in graph.outputs]
     return keras.tree.pack_sequence_as(functional_of(model).output, outputs)
+
+
+def _check_ties(model) -> None:
+    """Refuses weights that several layers have in common: layers made anew would have their own."""
+    for tie in ties_within(model).values():
+        raise ValueError(
+            f"Model '{model.name}': {tie}, and layers made anew would each have their own: "
+            "convert, strip and copies (measure_change without in_place=True) can't keep that. "
+            "Built of layers of tfgrow.layers the model grows in place, all but the widths that "
+            "the two share, and save() keeps what they share."
+        )
 
 
 def _copy_variables(old, new) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tfgrow._keras import called_by_others
-from tfgrow.graph.channels import called_too_often
+from tfgrow.graph.channels import why_shared
 from tfgrow.graph.nodes import Graph, Node
 from tfgrow.layers.attention import Attention
 
@@ -18,9 +18,9 @@ def heads_blocked(model, graph: Graph, layer: Attention) -> str | None:
             f"model '{model.name}' is part of another model, which called it; grow that one: "
             "tfgrow.convert(the whole model)"
         )
-    often = called_too_often(graph, layer)
-    if often is not None:
-        return often
+    shared = why_shared(graph, layer)
+    if shared is not None:
+        return shared
     if not layer.trainable:
         return f"layer '{layer.name}' is frozen (trainable=False)"
     (node,) = graph.calls(layer)

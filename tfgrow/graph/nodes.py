@@ -10,6 +10,7 @@ from typing import Any
 import keras
 
 from tfgrow import _keras
+from tfgrow.graph.ties import Tie, ties_between
 from tfgrow.layers.growable import KernelLayer, Mixing
 
 
@@ -78,6 +79,11 @@ class Graph:
     def maker(self, tensor: int) -> Node | None:
         """The node that makes a tensor; None for an input."""
         return self._makers.get(tensor)
+
+    @functools.cached_property
+    def ties(self) -> dict[int, Tie]:
+        """By id of each layer that has a weight in common with another one: how it is tied."""
+        return ties_between(node.operation for node in self.nodes)
 
     # Asked for every tensor of every path: to search all nodes each time takes deep models seconds.
 

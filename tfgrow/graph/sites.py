@@ -15,7 +15,7 @@ from typing import Any
 import keras
 
 from tfgrow._keras import called_by_others, readers_of
-from tfgrow.graph.channels import Flow, called_too_often, join_of, tied_inputs
+from tfgrow.graph.channels import Flow, join_of, tied_inputs, why_shared
 from tfgrow.graph.heads import heads_blocked, no_channels
 from tfgrow.graph.nodes import Graph, Node, trace
 from tfgrow.graph.versions import version_of
@@ -303,9 +303,9 @@ def _why_blocked(model, graph: Graph, flow: Flow, node: Node) -> str | None:
 
 def _producer_blocked(graph: Graph, node: Node) -> str | None:
     layer = node.operation
-    often = called_too_often(graph, layer)
-    if often is not None:
-        return often
+    shared = why_shared(graph, layer)
+    if shared is not None:
+        return shared
     if not layer.trainable:
         return f"layer '{layer.name}' is frozen (trainable=False)"
     if node.outputs[0] in graph.outputs:

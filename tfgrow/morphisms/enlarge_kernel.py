@@ -28,7 +28,7 @@ from tfgrow.capture.capture import outside_of, producer_inputs, producer_respons
 from tfgrow.capture.execute import linear_tap, tensor_tap
 from tfgrow.capture.path import Path, take
 from tfgrow.curvature.normal import LEARNING_DAMPING
-from tfgrow.graph.channels import called_too_often
+from tfgrow.graph.channels import why_shared
 from tfgrow.morphisms import rings
 from tfgrow.morphisms.base import AtInputs, Candidate, OneByOne, Perturbed
 from tfgrow.types import Cost, Demand, KernelEdit
@@ -155,9 +155,9 @@ def _reason(site, number: int) -> str | None:
     node = site.producers[number]
     if not node.weighs:
         return site.blocked
-    often = called_too_often(site.graph, node.operation)
-    if often:
-        return often
+    shared = why_shared(site.graph, node.operation)
+    if shared:
+        return shared
     if not node.operation.trainable:
         return f"layer '{node.name}' is frozen (trainable=False)"
     shape = site.graph.tensors[node.inputs[0]].shape

@@ -9,6 +9,7 @@ import keras
 import numpy as np
 
 from tfgrow._keras import graph_of, operations_within
+from tfgrow.graph.ties import ties_within
 from tfgrow.types import LayerChange, VariableChange
 
 
@@ -25,6 +26,7 @@ def check_changes(model: keras.Model, changes: Sequence[LayerChange]) -> None:
             "or call it on a batch first."
         )
     members = {id(operation) for operation in operations_within(model)}
+    ties = ties_within(model)
     for index, change in enumerate(changes):
         layer = change.layer
         if id(layer) not in members:
@@ -34,6 +36,8 @@ def check_changes(model: keras.Model, changes: Sequence[LayerChange]) -> None:
             )
         if any(layer is other.layer for other in changes[:index]):
             raise ValueError(f"Layer '{layer.name}' is changed twice. Merge its changes into one.")
+        if id(layer) in ties:
+            raise ValueError(f"Model '{model.name}': {ties[id(layer)]}: it can't change alone.")
         _check_layer_change(change)
 
 
