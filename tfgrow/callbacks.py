@@ -83,9 +83,9 @@ class Growth(keras.callbacks.Callback):
 
     An event that is cut off by an error or an interrupt leaves model, optimizer, journal and the
     oracle's files as they were before it. It stays due: like growth that falls due at the end of
-    `fit`, it happens when the next `fit` of the same model begins. A deep copy has the settings and events of the
-    original and shares its data, but belongs to no model; the n-th one keeps its project and its
-    journal in places of its own, named like the original's with `-n` at the end.
+    `fit`, it happens when the next `fit` of the same model begins. A deep copy has the settings
+    and events of the original and shares its data, but belongs to no model; the n-th one keeps its
+    project and its journal in places of its own, named like the original's with `-n` at the end.
 
     Args:
       oracle: what proposes the edits, usually a `tfgrow.GaussNewtonOracle`; or the name of one,
