@@ -169,7 +169,7 @@ def _grow(cell: Cell, data: Any, clock: Any) -> Any:
     own = {name: settings[name] for name in OWN_SETTINGS.get(cell.strategy, ())}
     changes = {name: settings[name] for name in CHANGES if name in settings}
     growing = training.Growing(
-        "every",
+        settings.get("schedule", "every"),
         settings["every"],
         settings["settle"],
         {**shared, **own, **changes},

@@ -75,7 +75,7 @@ def test_only_gauss_newton_has_variants():
 
 def test_every_variant_is_explained_and_differs_in_what_growing_heeds():
     assert set(ablation.SAID) == set(ablation.VARIANTS) - {ablation.STRATEGY}
-    known = {*compare.COMMON, *contest.CHANGES, "guard", "strategy"}
+    known = {*compare.COMMON, *contest.CHANGES, "guard", "schedule", "strategy"}
     for changes in ablation.VARIANTS.values():
         assert set(changes) <= known
     cells = list(ablation.cells_of(options()))
