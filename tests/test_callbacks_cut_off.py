@@ -1,10 +1,7 @@
 """A growth event that is cut off, by an error, an interrupt or a kill, has never been."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 
 import keras
 import numpy as np
@@ -20,6 +17,7 @@ from tests.integration.fitting import (
     assert_same_bits,
     compiled,
     fit,
+    in_another_process,
     mlp,
     quick_oracle,
     state,
@@ -191,14 +189,7 @@ fit(compiled(mlp()), [save, out, growth], epochs=5)
 @pytest.mark.slow
 def test_killed_in_the_middle_of_an_event(tmp_path):
     """Files on disk load, and are the state before it."""
-    run = subprocess.run(
-        [sys.executable, "-c", KILLED, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        env={**os.environ, "PYTHONPATH": os.getcwd()},
-    )
+    run = in_another_process(KILLED, str(tmp_path))
     assert run.returncode == -signal.SIGKILL, run.stderr
     model = keras.models.load_model(tmp_path / "model.keras")
     assert model.get_layer("hidden").units == 4

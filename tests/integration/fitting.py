@@ -1,5 +1,9 @@
 """Tiny nets and data, and strategies without an estimator, to test what surrounds growth in fit."""
 
+import os
+import subprocess
+import sys
+
 import keras
 import numpy as np
 import tensorflow as tf
@@ -109,6 +113,18 @@ def fit(model, callbacks, data=None, epochs=3, **options):
     x, y = arrays(model) if data is None else data
     settings = {"batch_size": BATCH, "verbose": 0, "shuffle": False, "epochs": epochs}
     return model.fit(x, y, callbacks=callbacks, **{**settings, **options})
+
+
+def in_another_process(code, *arguments):
+    """Runs a script that imports from here; what it wrote and how it ended."""
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+    )
 
 
 def state(model):

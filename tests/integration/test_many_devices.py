@@ -4,11 +4,9 @@ In a process of their own: devices are set up before TensorFlow starts, and a se
 `MirroredStrategy` in one process fails in TensorFlow where gradients have other shapes.
 """
 
-import os
-import subprocess
-import sys
-
 import pytest
+
+from tests.integration.fitting import in_another_process
 
 TWO_DEVICES = """
 import contextlib
@@ -66,12 +64,5 @@ np.testing.assert_allclose(two(x), one(x), atol=1e-4)
 
 @pytest.mark.slow
 def test_mirrored_models_grow(tmp_path):
-    run = subprocess.run(
-        [sys.executable, "-c", TWO_DEVICES, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        env={**os.environ, "PYTHONPATH": os.getcwd()},
-    )
+    run = in_another_process(TWO_DEVICES, str(tmp_path))
     assert run.returncode == 0, run.stderr
