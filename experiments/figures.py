@@ -325,7 +325,7 @@ def _mark_events(axes: Any, events: Sequence[Any]) -> None:
     """A dashed line where the network grew, a dotted one where growth was tried in vain."""
     grown = [event.epoch for event in events if event.status == "applied"]
     vain = [event.epoch for event in events if event.status != "applied"]
-    for times, style, label in ((grown, "--", "growth"), (vain, ":", "nothing gained")):
+    for times, style, label in ((grown, "--", "growth"), (vain, ":", "no growth")):
         for number, time in enumerate(times):
             name = label if number == 0 else None
             axes.axvline(time, color=GREY, linewidth=0.8, linestyle=style, label=name)

@@ -25,7 +25,7 @@ RUN_COLUMNS = (
     "run", "test accuracy", "parameters", "MFLOPs", "epochs", "hours", "threads", "other settings",
 )  # fmt: skip
 
-PAGE = """# One long run: growing to {budget}
+PAGE = """# One long run: growing to at most {budget}
 
 Made by `python -m experiments.headline` from `{source}`; don't edit by hand.
 

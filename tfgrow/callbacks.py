@@ -73,7 +73,11 @@ class Growth(keras.callbacks.Callback):
     the stock callbacks in any order, and puts `tfgrow_params`, `tfgrow_flops`, `tfgrow_events`,
     `tfgrow_estimated_change` and `tfgrow_measured_change` (0 in epochs without an event) in the
     epoch's logs from the first epoch on. An event that brings less than a quarter of what was
-    estimated (`GrowthEvent.realized`) gives a warning.
+    estimated (`GrowthEvent.realized`) gives a warning, if that was 1 % of the loss or more.
+
+    All losses here are those of inference mode: without dropout and augmentation in the model, and
+    with BatchNormalization's moving statistics. In training mode an event can raise the loss that
+    it lowers so.
 
     Estimates and guard see the sample weights of `data` and no `class_weight` of `fit`: give those
     as sample weights. Kernels with a constraint are projected onto it before the guard judges. The

@@ -54,7 +54,7 @@ def test_growth_shows_widths_loss_and_params(drawn, tmp_path):
     curves = {line.get_label(): line for line in middle.lines}
     np.testing.assert_array_equal(curves["training"].get_ydata(), HISTORY["loss"])
     np.testing.assert_array_equal(curves["validation"].get_xdata(), [1, 2, 3, 4, 5, 6])
-    assert {"growth", "nothing gained"} < set(curves)
+    assert {"growth", "no growth"} < set(curves)
     np.testing.assert_array_equal(bottom.lines[0].get_xdata(), [0, 2, 5, 6])
     np.testing.assert_array_equal(bottom.lines[0].get_ydata(), [100, 150, 170, 170])
 

@@ -174,13 +174,15 @@ def test_an_exceeded_budget_is_an_error(model):
         oracle.propose(model, "data")
 
 
-def test_without_a_model_it_idles(model):
-    """What a plain keras_tuner.Tuner gets that asks for a trial outside of a growth step."""
-    oracle = Scripted([plan_of()])
-    assert oracle.create_trial("tuner0").status == TrialStatus.IDLE
+def test_a_tuner_is_told_that_it_asks_in_vain(model, tmp_path):
+    """By IDLE alone it would ask again and again, in silence."""
+    oracle = Scripted([plan_of()], directory=tmp_path)
+    tuner = keras_tuner.Tuner(oracle=oracle, hypermodel=lambda hp: model, directory=tmp_path)
+    with pytest.raises(RuntimeError, match="Scripted proposes edits of a model that trains"):
+        tuner.search(np.zeros((4, 2)), np.zeros((4, 2)))
     assert not oracle.trials
+    assert oracle.populate_space("0000") == {"status": TrialStatus.IDLE}
     step(oracle, model)
-    assert oracle.create_trial("tuner0").status == TrialStatus.IDLE
     assert list(oracle.trials) == ["0000"]
 
 

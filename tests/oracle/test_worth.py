@@ -215,7 +215,7 @@ def test_limits(worth, limits, expected, reason):
 def test_no_more_units_than_can_be_made():
     wanted, reason = allocated(ALIKE, most=2)
     assert wanted == {"d0": 2, "d1": 2, "d2": 2}
-    assert reason == "no site may become wider in one step"
+    assert reason == "one step makes no site wider than that"
     sites, _ = parts_of(three_layers())
     assert most_units(sites[0], several("split")) == 2
     assert most_units(sites[2], several(("split", "add"))) == 8, "three times as many"
@@ -299,7 +299,7 @@ def test_no_site_becomes_too_wide_in_a_step(limits):
     oracle = quick_oracle(**{"score": "worth", "growth_per_step": None, **limits})
     plan = oracle.propose_plan(student(6, 8, "tanh"), (x, y))
     assert plan.widths == {"hidden": (6, 6 * MOST_TIMES), "bottleneck": (8, 8 * MOST_TIMES)}
-    assert plan.reason == "no site may become wider in one step"
+    assert plan.reason == "one step makes no site wider than that"
 
 
 def test_a_network_that_nothing_can_mend_does_not_grow():

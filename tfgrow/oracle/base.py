@@ -396,6 +396,20 @@ class GrowthOracle(keras_tuner.Oracle, abc.ABC):
 
     # ---- the keras_tuner side ---------------------------------------------------------------
 
+    def create_trial(self, tuner_id: str) -> Trial:
+        """Opens the trial of a growth step; nothing else can ask for one.
+
+        Raises:
+          RuntimeError: a `keras_tuner.Tuner` asks, which would wait for hyperparameters forever.
+        """
+        if self._proposal is None:
+            raise RuntimeError(
+                f"{type(self).__name__} proposes edits of a model that trains, no hyperparameters "
+                "for a tuner. Give it to tfgrow.callbacks.Growth, and that to any tuner: "
+                "search(..., callbacks=[growth]) grows the model of every trial."
+            )
+        return super().create_trial(tuner_id)
+
     def populate_space(self, trial_id: str) -> dict[str, Any]:
         """The values of the plan that is being proposed; IDLE when there is none."""
         if self.max_trials and len(self.trials) >= self.max_trials:

@@ -73,15 +73,15 @@ class GaussNewtonOracle(GrowthOracle):
       learning_rate: of theta, see `GaussNewtonEstimator.learn`.
       score: `"worth"` adds units where those that are there are worth most for what they cost,
         whatever new ones change at once (see `GaussNewtonEstimator.worth`); no site becomes more
-        than three times as wide then, and `min_gain_per_param` is what a unit must be worth. With
-        two budgets FLOPs count beside parameters as far as both can be spent so. `"raw"` goes by
-        what an edit would do to the loss now; `"marginal"` by what it would do beyond what training
-        the weights that are there would bring anyway (see `GaussNewtonEstimator.settle`; cf.
-        Verbockhaven et al. 2024), and applies what is chosen at the lengths that are best together
-        now. `"worth"` shares out a budget until it is spent; by what edits bring, growing ends
-        where they bring nothing. So `"auto"` is `"worth"` where all kinds of edits add single
-        units, there is a budget (`max_params` or `max_flops`) and no `min_gain_per_param`, and else
-        `"raw"`.
+        than three times as wide then, but for narrow ones (`new_units` more), and
+        `min_gain_per_param` is what a unit must be worth. With two budgets FLOPs count beside
+        parameters as far as both can be spent so. `"raw"` goes by what an edit would do to the loss
+        now; `"marginal"` by what it would do beyond what training the weights that are there would
+        bring anyway (see `GaussNewtonEstimator.settle`; cf. Verbockhaven et al. 2024), and applies
+        what is chosen at the lengths that are best together now. `"worth"` shares out a budget
+        until it is spent; by what edits bring, growing ends where they bring nothing. So `"auto"`
+        is `"worth"` where all kinds of edits add single units, there is a budget (`max_params` or
+        `max_flops`) and no `min_gain_per_param`, and else `"raw"`.
       cost_exponent: gains are compared per cost to the power of this, from 0 (as they are) to 1
         (per parameter, or per FLOP if `max_flops` is the only budget); by default 0.5 of what units
         are worth unless only FLOPs count, else 1.

@@ -259,7 +259,7 @@ class _Offer:
         exceeded = limits.exceeded(self.cost, sum(self.extra.values()))
         found = [limits.said([name]) for name in exceeded]
         if self.extra[self.site] > most:
-            found.append("no site may become wider in one step")
+            found.append("one step makes no site wider than that")
         if self.gain / max(1, getattr(self.beside, limits.unit)) < limits.min_gain_per_param:
             least = f"{limits.min_gain_per_param:g}"
             found.append(f"worth per {limits.unit_name} fell under {least}")
