@@ -71,6 +71,13 @@ def test_only_what_is_not_tied_grows(tmp_path, rng):
     np.testing.assert_allclose(loaded(x), model(x), atol=1e-6)
 
 
+def test_a_strategy_that_needs_a_copy_says_so_when_fit_begins():
+    x, model = np.ones((16, 5), "float32"), autoencoder(tfgrow.layers)
+    with pytest.raises(ValueError, match=TIE):
+        model.fit(x, x, verbose=0, callbacks=[tfgrow.callbacks.Growth("tiny", (x, x), every=1)])
+    assert int(model.optimizer.iterations.numpy()) == 0
+
+
 def test_surgery_refuses_them_before_anything_changes():
     model = autoencoder(tfgrow.layers)
     encoder = model.get_layer("encoder")

@@ -106,7 +106,7 @@ def rebuild_with(model: keras.Model, replace: Callable, compiled: bool = True) -
     Where `replace` gives a list, its layers are called one after the other.
     """
     functional = functional_of(model)  # raises for what has no graph
-    _check_ties(model)
+    check_ties(model)
     twins = _Twins(model, replace)
     if isinstance(model, keras.Sequential) and not _nested(model):
         first = twins.input(functional, model.inputs[0])
@@ -351,7 +351,7 @@ def _call(model, twins: _Twins, inputs, prefix: str = ""):
     return keras.tree.pack_sequence_as(functional_of(model).output, outputs)
 
 
-def _check_ties(model) -> None:
+def check_ties(model) -> None:
     """Refuses weights that several layers have in common: layers made anew would have their own."""
     for tie in ties_within(model).values():
         raise ValueError(

@@ -16,7 +16,7 @@ from tfgrow.capture.capture import Capture, consumer_taps
 from tfgrow.capture.execute import input_tap, linear_tap
 from tfgrow.capture.path import Path, needs_moments
 from tfgrow.estimator import compiled_loss
-from tfgrow.graph.convert import copy_model
+from tfgrow.graph.convert import check_ties, copy_model
 from tfgrow.graph.nodes import Node
 from tfgrow.graph.sites import Site, find_sites, response_id
 from tfgrow.growth import edits_of
@@ -107,6 +107,11 @@ class Tiny(LinearStrategy):
         if not (isinstance(damping, (int, float)) and 0 <= damping < np.inf):
             raise ValueError(f"damping must be a finite number >= 0. Found: {damping!r}")
         self.damping = damping
+
+    def check(self, model: keras.Model, data: Any) -> None:
+        """Also that the model has a copy to try step lengths on."""
+        check_ties(model)
+        super().check(model, data)
 
     def too_large(self, units: LinearUnits) -> str | None:
         for node in (node for leaf in units.site.leaves for node in leaf.consumers):
