@@ -20,12 +20,12 @@ class Schedule(abc.ABC):
 
     Subclasses write `should_grow`, and `get_config` if their constructor takes arguments. One that
     remembers past epochs also writes `reset`.
-
-    Attributes:
-      earliest: the first epoch, counted from 1, after which the model may grow.
     """
 
-    earliest: int = 1
+    @property
+    def earliest(self) -> int:
+        """The first epoch, counted from 1, after which the model may grow."""
+        return 1
 
     @abc.abstractmethod
     def should_grow(self, epoch: int, logs: Mapping[str, Any] | None = None) -> bool:
@@ -68,12 +68,15 @@ class EveryNEpochs(Schedule):
     def __init__(self, n: int, start: int | None = None, stop: int | None = None) -> None:
         self.n = _whole("n", n, least=1)
         self.start = self.n if start is None else _whole("start", start, least=0)
-        self.earliest = self.start
         self.stop = None if stop is None else _whole("stop", stop, least=0)
         if self.stop is not None and self.stop < self.start:
             raise ValueError(
                 f"EveryNEpochs would never grow: stop={self.stop} comes before start={self.start}."
             )
+
+    @property
+    def earliest(self) -> int:
+        return self.start
 
     def should_grow(self, epoch: int, logs: Mapping[str, Any] | None = None) -> bool:
         late = self.stop is not None and epoch > self.stop

@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from tfgrow.capture.capture import Capture, Head, observe
 from tfgrow.capture.execute import Tap
+from tfgrow.capture.tracing import traced_anew
 from tfgrow.graph.nodes import Graph
 
 STEP = 0.01
@@ -45,7 +46,7 @@ def push_forward(
       The logits by head, and J times the sum of the tangents, shaped like them.
     """
     if tf.executing_eagerly():  # which operations there are only a trace says
-        return tf.function(lambda: push_forward(graph, heads, x, tangents), autograph=False)()
+        return traced_anew(lambda: push_forward(graph, heads, x, tangents))()
     pushed = {tap: tf.stop_gradient(tangent) for tap, tangent in tangents.items()}
     found = _accumulated(graph, heads, x, pushed)
     return _differences(graph, heads, x, pushed) if found is None else found

@@ -353,7 +353,8 @@ def _call(model, twins: _Twins, inputs, prefix: str = ""):
 
 def check_ties(model) -> None:
     """Refuses weights that several layers have in common: layers made anew would have their own."""
-    for tie in ties_within(model).values():
+    tie = next(iter(ties_within(model).values()), None)
+    if tie is not None:
         raise ValueError(
             f"Model '{model.name}': {tie}, and layers made anew would each have their own: "
             "convert, strip and copies (measure_change without in_place=True) can't keep that. "
